@@ -9,8 +9,7 @@ Conditions, for every query over the keys it may see (any subset of n keys):
     C1  max t - min t <= R                         every weight is 2**-k, 0 <= k <= R
     C2  n * max(1, max|v|) * 2**R <= 2**24         sums of weights and of weight * value fit float32
     C3  sum_d |q_d| |k_jd| < 2**24                 score products and their sums fit float32
-    C4  R <= 14, max|v| <= 256, |q|, |k| <= 2048   powers of two and integers fit float16 (for bfloat16:
-        (bfloat16: |q|, |k| <= 256)                8 bits of integer); no weight is subnormal
+    C4  q, k, v representable in the input format, R <= 14: no weight is subnormal in float16
 
 All intermediates before the division are then integer multiples of ``2**-R`` below ``2**24`` multiples, which
 float32 adds without rounding in any order, in any tiling, split and merge by (acc, m, l), and which tensor
@@ -20,10 +19,12 @@ hold for every causal prefix, every split and every tile once they hold for all 
 The device must do three things exactly: ``exp2(-k) = 2**-k`` for 0 <= k <= R, ``exp2(0) = 1``, and (for lse)
 ``log2(2**k) = k``. `python -m properties probe` measures them.
 
-The output is then ``fl_out(fl32(A / l))`` with A and l exact. Where l is a power of two, fl32(A / l) is exact
-and no division can err; elsewhere a division that is not correctly rounded (CUDA's div.full.f32, up to 2 ulp)
-may change bits if A / l lies that close to a rounding boundary: `LatticeResult.division_sensitive` says where.
-`power_of_two_draws` builds inputs whose weights sum to a power of two for every query.
+The output is then ``fl_out(fl32(A / l))`` with A and l exact. Where l is a power of two, the quotient is
+itself a float32 and a division that is exact on exact quotients cannot err. Elsewhere a division that is not
+correctly rounded (CUDA's div.full.f32, up to 2 ulp) may change bits if A / l lies that close to a rounding
+boundary of the output: `LatticeResult.division_sensitive` says where. Few float16 and bfloat16 outputs do,
+most float32 ones. `lattice_inputs.power_of_two_from_draws` builds inputs whose weights sum to a power of two
+for every query, so that nothing is sensitive.
 
 Blind spots: powers of two survive narrow formats for P, so the lattice cannot see how P is rounded or how
 precise exp2 is between integers; the budget and the calibrated noise see those.
@@ -37,16 +38,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from references.rounding import encode
+from references.rounding import BitsArray, Format, as_format, encode, round_to
 
 Int64Array = NDArray[np.int64]
 Float64Array = NDArray[np.float64]
 
 FLOAT32_LN2 = float(np.float32(math.log(2.0)))
 SIGNIFICAND = 24  # bits of a float32 significand
-MAX_RANGE = 12
-DEFAULT_MAX_VALUE = 16
-LARGEST_DRAW = 1 << 16
+LARGEST_RANGE = 14  # a weight of 2**-14 is the smallest normal float16
 
 
 def lattice_scale(scale_exponent: int = 0) -> float:
@@ -58,185 +57,126 @@ def lattice_scale(scale_exponent: int = 0) -> float:
     return FLOAT32_LN2 * 2.0**-scale_exponent
 
 
-def weight_range(max_keys: int, max_value: int = DEFAULT_MAX_VALUE) -> int:
-    """The largest R <= 12 that C2 allows for `max_keys` keys; raises if even R = 0 does not fit."""
-    bits = (max(1, max_keys) * max(1, max_value) - 1).bit_length()
-    if bits > SIGNIFICAND:
-        raise ValueError(
-            f"max_keys * max_value must not exceed 2**{SIGNIFICAND}, got {max_keys} * {max_value}"
-        )
-    return min(MAX_RANGE, SIGNIFICAND - bits)
-
-
 @dataclass(frozen=True)
-class Lattice:
-    """Integer inputs of one sequence, and the range R their logits keep within.
+class LatticeResult:
+    """The one right answer of a lattice problem.
 
-    query [num_q_heads, q_len, head_dim] is already multiplied by 2**scale_exponent.
+    Attributes:
+        out_bits: [num_q_heads, q_len, head_dim] bit patterns; 0 where a query sees no key.
+        lse: [num_q_heads, q_len] natural log: where `lse_is_exact`, the float32 a kernel computes as
+            ``fl32((m + log2 l) * fl32(ln 2))``; elsewhere the real number, to float64's precision, to be
+            compared within the budget. -inf where a query sees no key.
+        lse_is_exact: l is a power of two, so log2 l is an integer.
+        division_sensitive: an error of the division within the bound given could change the output's bits.
     """
 
-    query: Int64Array
-    key: Int64Array
-    value: Int64Array
-    scale_exponent: int
-    weight_range: int
-
-    @property
-    def scale(self) -> float:
-        """The scale to pass to the kernel."""
-        return lattice_scale(self.scale_exponent)
-
-    def bits(self, fmt: str) -> tuple[NDArray[np.unsignedinteger], ...]:
-        """(query, key, value) as bit patterns of `fmt`; exact by C4."""
-        return tuple(encode(x.astype(np.float64), fmt) for x in (self.query, self.key, self.value))
+    out_bits: BitsArray
+    lse: Float64Array
+    lse_is_exact: NDArray[np.bool_]
+    division_sensitive: NDArray[np.bool_]
 
 
-def key_span(head_dim: int, exponent_range: int) -> tuple[int, int]:
-    """(dims a query uses, span of a key's elements), chosen so that used * span <= exponent_range."""
-    used = max(1, min(head_dim, exponent_range))
-    return used, exponent_range // used
+def exact_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    visible: NDArray[np.bool_],
+    scale_exponent: int,
+    fmt: Format | str,
+) -> tuple[BitsArray, Float64Array]:
+    """(out bits, lse) of `solve`, for comparison with a kernel whose division is correctly rounded."""
+    result = solve(query, key, value, visible, scale_exponent=scale_exponent, fmt=fmt)
+    return result.out_bits, result.lse
 
 
-def query_from_draws(draws: ArrayLike, *, exponent_range: int, scale_exponent: int = 0) -> Int64Array:
-    """Queries [..., head_dim] with entries 0 or +-2**scale_exponent.
-
-    The dimensions with the smallest draws are used, as many as the range allows; the draw's lowest bit is the
-    sign. Over the queries of a case every dimension is used, so a lost tail of head_dim shows.
-    """
-    draw = _checked(draws)
-    used, _ = key_span(draw.shape[-1], exponent_range)
-    # High bits rank, so that the sign (the lowest bit) is independent of the choice.
-    rank = np.argsort(np.argsort(draw >> 1, axis=-1, kind="stable"), axis=-1, kind="stable")
-    sign = 1 - 2 * (draw & 1)
-    return np.where(rank < used, sign, 0) << scale_exponent
-
-
-def key_from_draws(draws: ArrayLike, *, exponent_range: int) -> Int64Array:
-    """Keys [..., head_dim] with entries 0..span, element by element."""
-    draw = _checked(draws)
-    _, span = key_span(draw.shape[-1], exponent_range)
-    return draw % (span + 1)
-
-
-def value_from_draws(draws: ArrayLike, *, max_value: int = DEFAULT_MAX_VALUE) -> Int64Array:
-    """Values [...] in -max_value..max_value, element by element."""
-    return _checked(draws) % (2 * max_value + 1) - max_value
-
-
-def from_draws(
-    query_draws: ArrayLike,
-    key_draws: ArrayLike,
-    value_draws: ArrayLike,
+def solve(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    visible: NDArray[np.bool_],
     *,
-    scale_exponent: int = 0,
-    max_value: int = DEFAULT_MAX_VALUE,
-    exponent_range: int | None = None,
-) -> Lattice:
-    """A lattice of any shape from integers drawn in [0, 2**16).
+    scale_exponent: int,
+    fmt: Format | str,
+    division_error: float = 2.5 * 2.0**-23,
+) -> LatticeResult:
+    """Attend in integers: A and l as multiples of the smallest weight, one division, one rounding.
 
     Args:
-        query_draws: [num_q_heads, q_len, head_dim]
-        key_draws: [num_kv_heads, kv_len, head_dim]
-        value_draws: [num_kv_heads, kv_len, head_dim]
-        scale_exponent: j; queries are multiplied by 2**j and the scale divided by it.
-        max_value: largest |value|.
-        exponent_range: R; default the largest that C2 allows for kv_len. Give it explicitly when the same
-            draws are to mean the same data at another kv_len: every element of key and value depends on its
-            own draw, R, head_dim and max_value only, a query on its own row of draws.
+        query: [num_q_heads, q_len, head_dim] integers (of any numeric dtype).
+        key, value: [num_kv_heads, kv_len, head_dim] integers.
+        visible: [q_len, kv_len].
+        scale_exponent: j; the scale is `lattice_scale(j)`.
+        fmt: the output format.
+        division_error: relative error of the device's division, for `division_sensitive`.
 
     Raises:
-        ValueError: a draw outside [0, 2**16), or an R that breaks C2.
+        ValueError: a condition C1..C4 does not hold for these inputs; the message names it.
     """
-    kv_len = np.asarray(key_draws).shape[-2]
-    allowed = weight_range(kv_len, max_value)
-    chosen = allowed if exponent_range is None else exponent_range
-    if not 0 <= chosen <= allowed:
-        raise ValueError(f"exponent_range must be between 0 and {allowed} for {kv_len} keys, got {chosen}")
-    return Lattice(
-        query=query_from_draws(query_draws, exponent_range=chosen, scale_exponent=scale_exponent),
-        key=key_from_draws(key_draws, exponent_range=chosen),
-        value=value_from_draws(value_draws, max_value=max_value),
-        scale_exponent=scale_exponent,
-        weight_range=chosen,
-    )
+    fmt = as_format(fmt)
+    q, k, v = _integers("query", query), _integers("key", key), _integers("value", value)
+    _check_operands(q, k, v, fmt)
+    num_q_heads, q_len, _ = q.shape
+    group_size = num_q_heads // k.shape[0]
+    numerator = np.zeros(q.shape, np.int64)
+    row_sum = np.zeros((num_q_heads, q_len), np.int64)
+    lowest = np.zeros((num_q_heads, q_len), np.int64)
+    for head in range(num_q_heads):
+        z = q[head] @ k[head // group_size].T  # [q_len, kv_len]
+        if np.any(np.where(visible, z, 0) % (1 << scale_exponent)):
+            raise ValueError(f"query . key must be a multiple of 2**{scale_exponent} for every visible key")
+        t = z >> scale_exponent
+        if not t.size:
+            continue
+        top = np.where(visible, t, np.iinfo(np.int64).min).max(axis=1)
+        bottom = np.where(visible, t, np.iinfo(np.int64).max).min(axis=1)
+        lowest[head] = np.where(visible.any(axis=1), bottom, 0)
+        spread = np.where(visible.any(axis=1), top - lowest[head], 0)
+        if spread.max(initial=0) > LARGEST_RANGE:
+            raise ValueError(f"C1: logits must spread over at most {LARGEST_RANGE}, got {spread.max()}")
+        weight = np.where(visible, 1 << np.where(visible, t - lowest[head][:, None], 0), 0)
+        row_sum[head] = weight.sum(axis=1)
+        numerator[head] = weight @ v[head // group_size]
+        # The sums are in units of 2**-spread of the largest weight: C2, tighter, from the data.
+        largest = np.maximum(row_sum[head], (weight @ np.abs(v[head // group_size])).max(axis=1, initial=0))
+        if largest.max(initial=0) > 1 << SIGNIFICAND:
+            raise ValueError(
+                f"C2: sums must not exceed 2**{SIGNIFICAND} smallest weights, got {largest.max()}"
+            )
+
+    sees = row_sum > 0
+    # Both are integers of at most 24 bits: float64 division, rounded once more to float32, is the correctly
+    # rounded float32 quotient (53 >= 2 * 24 + 2 bits).
+    quotient = numerator / np.where(sees, row_sum, 1)[:, :, None]
+    rounded = quotient.astype(np.float32).astype(np.float64)
+    out_bits = encode(rounded, fmt)
+    is_power = sees & (row_sum & (row_sum - 1) == 0)
+    sensitive = np.zeros(q.shape, bool)
+    for direction in (-1, 1):
+        moved = (quotient * (1 + direction * division_error)).astype(np.float32)
+        sensitive |= encode(moved.astype(np.float64), fmt) != out_bits
+    sensitive &= ~is_power[:, :, None]
+
+    lse_log2 = lowest + np.log2(np.where(sees, row_sum, 1))
+    exact = (lse_log2.astype(np.float32) * np.float32(FLOAT32_LN2)).astype(np.float64)
+    lse = np.where(is_power, exact, lse_log2 * math.log(2.0))
+    return LatticeResult(out_bits, np.where(sees, lse, -np.inf), is_power, sensitive)
 
 
-def power_of_two_exponents(count: int, exponent_range: int) -> Int64Array:
-    """`count` exponents in [-R, 0] whose powers of two sum to a power of two, as varied as R allows.
-
-    Start from S ones, S a power of two, and split: 1 -> 1/2 + 1/2, one of the halves -> 1/4 + 1/4, ... down to
-    2**-R, one chain after the other. Splitting keeps the sum and adds one key.
-
-    Raises:
-        ValueError: no such multiset; only if R = 0 and count is not a power of two.
-    """
-    if count == 0:
-        return np.zeros(0, np.int64)
-    ones = 1 << max(0, math.ceil(math.log2(count / (exponent_range + 1))))
-    if ones > count:
-        raise ValueError(f"count must be a power of two when exponent_range=0, got {count}")
-    missing = count - ones
-    exponents: list[int] = []
-    for _ in range(ones):
-        depth = min(exponent_range, missing)
-        missing -= depth
-        exponents += [*range(-1, -depth - 1, -1), -depth]
-    return np.array(exponents, np.int64)
+def _integers(name: str, values: ArrayLike) -> Int64Array:
+    array = np.asarray(values)
+    integers = array.astype(np.int64)
+    if not np.array_equal(integers, array):
+        raise ValueError(f"{name} must hold integers")
+    return integers
 
 
-def power_of_two_from_draws(
-    query_draws: ArrayLike,
-    key_draws: ArrayLike,
-    value_draws: ArrayLike,
-    *,
-    visible_counts: ArrayLike,
-    scale_exponent: int = 0,
-    max_value: int = DEFAULT_MAX_VALUE,
-) -> Lattice:
-    """A lattice whose weights sum to a power of two for every query, so that no division rounds.
-
-    A query is one-hot. Column d of the keys holds, in its first n slots, a permutation (by draw) of
-    `power_of_two_exponents(n)`, where n is the number of keys seen by the queries that use column d; the
-    queries of one n share the columns ``index(n), index(n) + distinct, ...``.
-
-    Args:
-        query_draws, key_draws, value_draws: as for `from_draws`.
-        visible_counts: [q_len]; query i sees the keys [0, visible_counts[i]).
-        scale_exponent: as for `from_draws`.
-        max_value: as for `from_draws`.
-
-    Raises:
-        ValueError: more distinct counts than head_dim (each needs a column of its own).
-    """
-    query_draw, key_draw = _checked(query_draws), _checked(key_draws)
-    num_kv_heads, kv_len, head_dim = key_draw.shape
-    counts = np.asarray(visible_counts, np.int64)
-    distinct = np.unique(counts)
-    if len(distinct) > head_dim:
-        raise ValueError(
-            f"visible_counts must have at most head_dim={head_dim} distinct values, got {len(distinct)}"
-        )
-    chosen = weight_range(kv_len, max_value)
-    key = -(key_draw % (chosen + 1))
-    for d in range(head_dim):
-        n = int(distinct[d % len(distinct)])
-        exponents = power_of_two_exponents(n, chosen)
-        for head in range(num_kv_heads):
-            key[head, np.argsort(key_draw[head, :n, d], kind="stable"), d] = exponents
-
-    # Columns that serve count number c are c, c + len(distinct), ...: pick one by draw.
-    index = np.searchsorted(distinct, counts)  # [q_len]
-    choices = (head_dim - index + len(distinct) - 1) // len(distinct)
-    column = index + len(distinct) * (query_draw[:, :, 0] % choices)  # [num_q_heads, q_len]
-    query = (np.arange(head_dim) == column[:, :, None]).astype(np.int64) << scale_exponent
-    return Lattice(query, key, value_from_draws(value_draws, max_value=max_value), scale_exponent, chosen)
-
-
-def _checked(draws: ArrayLike) -> Int64Array:
-    array = np.asarray(draws)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"draws must be integers, got {array.dtype}")
-    array = array.astype(np.int64)
-    if array.size and not (0 <= array.min() and array.max() < LARGEST_DRAW):
-        raise ValueError(f"draws must lie in [0, {LARGEST_DRAW}), got {array.min()}..{array.max()}")
-    return array
+def _check_operands(q: Int64Array, k: Int64Array, v: Int64Array, fmt: Format) -> None:
+    integer_limit = 1 << min(fmt.precision, 11)
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not np.array_equal(round_to(x, fmt), x):
+            raise ValueError(f"C4: {name} must be representable in {fmt.name}, got up to {np.abs(x).max()}")
+    if np.abs(v).max(initial=0) > integer_limit:
+        raise ValueError(f"C4: |value| must not exceed {integer_limit}, got {np.abs(v).max()}")
+    products = np.abs(q).sum(axis=2).max(initial=0) * np.abs(k).max(initial=0)
+    if products >= 1 << SIGNIFICAND:
+        raise ValueError(f"C3: |query| . |key| must be below 2**{SIGNIFICAND}, got up to {products}")

@@ -280,9 +280,11 @@ class _Arithmetic:
 
     def _row_sum(self, weight: Float32Array) -> Float32Array:
         if self.order == "blas":
-            return weight.sum(axis=1, dtype=np.float32)
+            total: Float32Array = weight.sum(axis=1, dtype=np.float32)
+            return total
         ordered = weight if self.order == "forward" else weight[:, ::-1]
-        return np.add.accumulate(ordered, axis=1, dtype=np.float32)[:, -1]
+        running: Float32Array = np.add.accumulate(ordered, axis=1, dtype=np.float32)
+        return running[:, -1]
 
     def _signs(self, t: Float32Array, value: Float64Array) -> Any:
         """Sign of exp2's error per [rows, kv_len]: raise keys whose first value lies on out's side of out."""
