@@ -74,11 +74,11 @@ def query_from_draws(draws: ArrayLike, *, exponent_range: int, scale_exponent: i
     return np.where(rank < used, sign, 0) << scale_exponent
 
 
-def key_from_draws(draws: ArrayLike, *, exponent_range: int) -> Int64Array:
-    """Keys [..., head_dim] with entries 0..span, element by element."""
+def key_from_draws(draws: ArrayLike, *, exponent_range: int, key_offset: int = 0) -> Int64Array:
+    """Keys [..., head_dim] with entries key_offset .. key_offset + span, element by element."""
     draw = _checked(draws)
     _, span = key_span(draw.shape[-1], exponent_range)
-    return draw % (span + 1)
+    return draw % (span + 1) + key_offset
 
 
 def value_from_draws(draws: ArrayLike, *, max_value: int = DEFAULT_MAX_VALUE) -> Int64Array:
@@ -94,6 +94,7 @@ def from_draws(
     scale_exponent: int = 0,
     max_value: int = DEFAULT_MAX_VALUE,
     exponent_range: int | None = None,
+    key_offset: int = 0,
 ) -> Lattice:
     """A lattice of any shape from integers drawn in [0, 2**16).
 
@@ -106,6 +107,9 @@ def from_draws(
         exponent_range: R; default the largest that C2 allows for kv_len. Give it explicitly when the same
             draws are to mean the same data at another kv_len: every element of key and value depends on its
             own draw, R, head_dim and max_value only, a query on its own row of draws.
+        key_offset: added to every key element. It shifts all logits of a query by the offset times the sum of
+            its signs and leaves the weights alone: with 64, hundreds of octaves either way, beyond the range
+            of exp2 for a kernel that forgets to subtract the maximum.
 
     Raises:
         ValueError: a draw outside [0, 2**16), or an R that breaks C2.
@@ -117,7 +121,7 @@ def from_draws(
         raise ValueError(f"exponent_range must be between 0 and {allowed} for {kv_len} keys, got {chosen}")
     return Lattice(
         query=query_from_draws(query_draws, exponent_range=chosen, scale_exponent=scale_exponent),
-        key=key_from_draws(key_draws, exponent_range=chosen),
+        key=key_from_draws(key_draws, exponent_range=chosen, key_offset=key_offset),
         value=value_from_draws(value_draws, max_value=max_value),
         scale_exponent=scale_exponent,
         weight_range=chosen,
