@@ -31,7 +31,7 @@ from references.rounding import as_format, decode, encode
 from references.simulator import FAULTS, Fault, simulate
 from references.tiling import tiling
 
-GAUSSIAN_LENGTHS = (128, 1024, 4096)
+GAUSSIAN_LENGTHS = (128, 1024, 4096, 16384)
 PROBES = (
     "large_logits",
     "dynamic_range",
@@ -62,7 +62,7 @@ class Verdicts:
     objections: Counter[str] = field(default_factory=Counter)
     alarms: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
     worst: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ORACLES, 0.0))
-    noise: NoisePool = field(default_factory=NoisePool)
+    noise: dict[int, NoisePool] = field(default_factory=lambda: defaultdict(NoisePool))
 
     @property
     def reproduced_alarms(self) -> int:
@@ -105,9 +105,9 @@ def judge(
         verdicts.worst[name] = max(verdicts.worst[name], float(ratio))
         verdicts.objections[name] += int(ratio > 1)
     verdicts.alarms[shape] += int(ratios["alarm"] > 1)
-    if shape[0] == "gauss":
+    if shape[0] == "gauss" and as_format(fmt).precision < model.work.precision:
         sigma = predicted_sigma(*tensors, problem.visible, scale=problem.scale, fmt=fmt, model=model)
-        verdicts.noise.add(out, reference, sigma)
+        verdicts.noise[shape[1]].add(out, reference, sigma)
     compared = Compared(out, reference, eager_attention(problem, as_format(fmt)))
     for name, accepts in RIVALS.items():
         verdicts.objections[name] += int(not accepts(compared))
@@ -134,7 +134,7 @@ def look(
 
 
 def lattice_differs(fault: Fault | None, fmt: str, model: ArithmeticModel, seed: int) -> bool:
-    """Whether one lattice case shows a bit that is not the oracle's; half of the cases have shifted logits."""
+    """Whether one lattice case shows a bit that is not the oracle's; half of them have shifted logits."""
     rng = np.random.default_rng([seed, 41])
     kv_len, head_dim = int(rng.integers(65, 600)), int(rng.choice((16, 64)))
     query = rng.integers(0, 1 << 16, (2, 4, head_dim))
@@ -163,9 +163,25 @@ def caught_by(verdicts: Verdicts, model: ArithmeticModel, fmt: str) -> list[str]
     """The oracles (not the lattice) that object to what was seen."""
     names = [name for name in ("gate out", "gate lse") if verdicts.objections[name]]
     names += ["alarm"] if verdicts.reproduced_alarms else []
-    if verdicts.noise.outputs:
-        names += ["noise"] if verdicts.noise.statistics().alarms(baseline_chi(model.name, fmt), fmt) else []
+    names += ["noise"] if noise_of(verdicts, model, fmt)[1] else []
     return names
+
+
+def noise_of(verdicts: Verdicts, model: ArithmeticModel, fmt: str) -> tuple[str, list[str]]:
+    """Figures of the pooled noise, and what is wrong with it: chi of each length, bias of all together."""
+    if not verdicts.noise:
+        return "-", []
+    total = NoisePool()
+    alarms, chis = [], []
+    for kv_len, pool in verdicts.noise.items():
+        total.merge(pool)
+        statistics = pool.statistics()
+        baseline = baseline_chi(model.name, fmt, kv_len)
+        alarms += statistics.alarms(baseline)
+        chis.append(f"{statistics.chi / baseline:.3g}")
+    statistics = total.statistics()
+    alarms += statistics.alarms(np.inf)
+    return f"chi {'/'.join(chis)}, z {statistics.bias:+.1f}, r {statistics.largest:.3g}", alarms
 
 
 def row(fault: Fault, fmt: str, model: ArithmeticModel) -> tuple[str, bool, bool]:
@@ -173,13 +189,11 @@ def row(fault: Fault, fmt: str, model: ArithmeticModel) -> tuple[str, bool, bool
     gaussian = look(fault, fmt, model, [("gauss", n) for n in GAUSSIAN_LENGTHS])
     probes = look(fault, fmt, model, [(family, n) for family in PROBES for n in PROBE_LENGTHS])
     lattice = sum(lattice_differs(fault, fmt, model, seed) for seed in range(LATTICE_CASES))
-    statistics = gaussian.noise.statistics()
-    noise = statistics.alarms(baseline_chi(model.name, fmt), fmt)
-    figures = f"chi {statistics.chi:.3g}, z {statistics.bias:+.1f}, r {statistics.largest:.3g}"
+    figures, noise = noise_of(gaussian, model, fmt)
     cells = [
         fault,
         *(f"{gaussian.objections[name]}" for name in ORACLES),
-        f"{'**' if noise else ''}{figures}{'**' if noise else ''}",
+        f"**{figures}**" if noise else figures,
         *(f"{probes.objections[name]} ({probes.worst[name]:.3g})" for name in ORACLES),
         f"{lattice}",
         *(f"{gaussian.objections[name]} + {probes.objections[name]}" for name in RIVALS),
@@ -209,11 +223,12 @@ def table(fmt: str, faults: Iterable[Fault]) -> tuple[list[str], list[str], list
     gaussian_cases = len(GAUSSIAN_LENGTHS) * SEEDS
     probe_cases = len(PROBES) * len(PROBE_LENGTHS) * SEEDS
     lines = [
-        f"**{fmt}**: {gaussian_cases} cases on N(0, 1), {probe_cases} on probes (worst error / budget in brackets), "
-        f"{LATTICE_CASES} on the lattice; the rules' columns are N(0, 1) + probes.",
+        f"**{fmt}**: {gaussian_cases} cases on N(0, 1), {probe_cases} on probes (worst error / budget in "
+        f"brackets), {LATTICE_CASES} on the lattice. Noise: chi over its baseline at kv_len "
+        f"{'/'.join(map(str, GAUSSIAN_LENGTHS))}, bias z, max r. The rules: N(0, 1) + probes.",
         "",
-        "| fault | N(0,1): gate out | gate lse | alarm | noise | probes: gate out | gate lse | alarm | lattice | "
-        + " | ".join(RIVALS)
+        "| fault | N(0,1): gate out | gate lse | alarm | noise | probes: gate out | gate lse | alarm | "
+        + " | ".join(("lattice", *RIVALS))
         + " |",
         "|---|" + "--:|" * 3 + "---|" + "--:|" * (4 + len(RIVALS)),
     ]

@@ -1,4 +1,4 @@
-"""Three acceptance rules in common use, re-implemented from their statements, to be run beside the oracles."""
+"""Three acceptance rules in common use, re-implemented from their statements, to run beside the oracles."""
 
 from __future__ import annotations
 

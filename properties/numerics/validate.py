@@ -25,9 +25,9 @@ from properties.numerics.report import publish
 from references.arithmetic_model import AMPERE, HOPPER, INTERPRETER, ArithmeticModel
 from references.attention import attention
 from references.error_bounds import budget
-from references.tiling import tiling
 from references.rounding import as_format
 from references.simulator import Errors, Order, simulate
+from references.tiling import tiling
 
 FORMATS = ("float16", "bfloat16", "float32")
 MODELS = {model.name: model for model in (INTERPRETER, AMPERE, HOPPER)}
@@ -100,7 +100,7 @@ def plan(outputs: int, families: Iterable[str] = tuple(FAMILIES), seed: int = 0)
 
 
 def utilisation(error: NDArray[np.float64], allowed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """error / allowed; 0 where there is no error, infinite where the error is not finite or nothing is allowed."""
+    """error / allowed; 0 where there is no error, infinite where it is not finite or nothing is allowed."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, error / allowed)
     return np.where(np.isnan(ratio), np.inf, ratio)
@@ -170,10 +170,9 @@ class Tally:
         """Cells of the table: count, maximum and median of out, maximum of lse, alarms."""
         out, lse, alarm = (np.concatenate(x) for x in (self.out, self.lse, self.alarm))
         alarms = int((alarm > 1).sum())
-        return (
-            f"{out.size:,} | {out.max():.3f} | {np.median(out):.4f} | {lse.max():.3f} | {np.median(lse):.4f} | "
-            f"{int((out > 1).sum()) + int((lse > 1).sum())} | {alarms} (max {alarm.max(initial=0):.2f})"
-        )
+        violations = int((out > 1).sum()) + int((lse > 1).sum())
+        maxima = f"{out.max():.3f} | {np.median(out):.4f} | {lse.max():.3f} | {np.median(lse):.4f}"
+        return f"{out.size:,} | {maxima} | {violations} | {alarms} (max {alarm.max(initial=0):.2f})"
 
 
 def main(argv: list[str] | None = None) -> int:
