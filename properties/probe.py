@@ -1,4 +1,4 @@
-"""``python -m properties probe``: measure how the device at hand computes, and write its arithmetic model.
+"""``python -m properties probe``: measure how the device at hand computes; write its arithmetic model.
 
 Exponentials, logarithms and quotients are compared with float64. The matrix unit is identified from test
 vectors and then compared, bit for bit, with the model they suggest. What cannot be measured (the constant's
@@ -94,7 +94,8 @@ def assemble(
         accumulator="fused" if fused else "ieee",
         carried=any(accumulator.carried for accumulator, _ in found.values()),
         exp2_flushes=elementary.exp2_flushes,
-        flush_to_zero=elementary.flushes,
+        # Measured for products only, not inside the matrix unit.
+        flush_to_zero=elementary.flushes or base.flush_to_zero,
         contraction=elementary.contracts,
         exp2_error=max(elementary.exp2_error, base.exp2_error),
         log2_error=max(elementary.log2_error, base.log2_error),
@@ -182,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = arguments.out or default
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(model.to_json())
-    print(f"wrote {out}")
+    figures = out.with_suffix(".measured.json")
+    figures.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {out} and {figures}")
     return 0
 
 

@@ -323,7 +323,8 @@ class _Arithmetic:
 
 
 def _flush(x: Float32Array) -> Float32Array:
-    return np.where(np.abs(x) < 2.0**-126, np.float32(0), x)
+    flushed: Float32Array = np.where(np.abs(x) < 2.0**-126, np.float32(0), x)
+    return flushed
 
 
 def _narrow(x: Float32Array, fmt: Format) -> Float32Array:

@@ -141,9 +141,11 @@ def lattice_differs(fault: Fault | None, fmt: str, model: ArithmeticModel, seed:
     key, value = rng.integers(0, 1 << 16, (2, 1, kv_len, head_dim))
     lattice = from_draws(query, key, value, key_offset=64 * (seed % 2))
     visible = np.ones((4, kv_len), bool)
-    tensors = [decode(bits, fmt) for bits in lattice.bits(fmt)]
+    q, k, v = (decode(bits, fmt) for bits in lattice.bits(fmt))
     out, lse = simulate(
-        *tensors,
+        q,
+        k,
+        v,
         visible,
         scale=lattice.scale,
         fmt=fmt,
@@ -151,7 +153,7 @@ def lattice_differs(fault: Fault | None, fmt: str, model: ArithmeticModel, seed:
         tiles=tiling(kv_len, 0, 32, 64),
         fault=fault,
     )
-    exact = solve(*tensors, visible, scale_exponent=0, fmt=fmt)
+    exact = solve(q, k, v, visible, scale_exponent=0, fmt=fmt)
     same_lse = np.array_equal(lse[exact.lse_is_exact], exact.lse[exact.lse_is_exact])
     return not (np.array_equal(encode(out, fmt), exact.out_bits) and same_lse)
 
@@ -232,7 +234,8 @@ def table(fmt: str, faults: Iterable[Fault]) -> tuple[list[str], list[str], list
         + " |",
         "|---|" + "--:|" * 3 + "---|" + "--:|" * (4 + len(RIVALS)),
     ]
-    missed, missed_on_gaussian = [], []
+    missed: list[str] = []
+    missed_on_gaussian: list[str] = []
     for fault in faults:
         text, caught, on_gaussian = row(fault, fmt, MODELS["Hopper"])
         lines.append(text)
@@ -253,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     narrow = tuple(fault for fault in FAULTS if fault != "tf32")
     lines: list[str] = []
     escaped: list[str] = []
-    for fmt, faults in (("bfloat16", narrow), ("float16", narrow), ("float32", ("tf32",))):
+    planted: dict[str, tuple[Fault, ...]] = {"bfloat16": narrow, "float16": narrow, "float32": ("tf32",)}
+    for fmt, faults in planted.items():
         body, missed, missed_on_gaussian = table(fmt, faults)
         escaped += missed
         lines += [

@@ -40,6 +40,7 @@ class Elementary:
         division_count: quotients.
         division_correctly_rounded: share of the quotients.
         division_exact: quotients that are float32 numbers come out exact.
+        division_exact_by_powers: at least where the divisor is a power of two.
         flushes: a product below the smallest normal number is zero.
         contracts: x * y - z has one rounding.
         casts: rounding of float32 -> 16 bits, by format.
@@ -56,6 +57,7 @@ class Elementary:
     division_count: int
     division_correctly_rounded: float
     division_exact: bool
+    division_exact_by_powers: bool
     flushes: bool
     contracts: bool
     casts: dict[str, str]
@@ -75,7 +77,9 @@ def measure(device: str) -> Elementary:
     )
     division_error, division_count, correctly_rounded = _division(device)
     k = torch.arange(0, 127, dtype=torch.float32, device=device)
-    powers = torch.exp2(torch.arange(-1, 27, dtype=torch.float64, device=device)).float()
+    logs = torch.arange(-1, 27, device=device).float()
+    powers = torch.tensor([2.0**k for k in range(-1, 27)], dtype=torch.float32, device=device)
+    weights = torch.tensor([2.0**-k for k in range(127)], dtype=torch.float32, device=device)
     tiny = torch.arange(-140, -127, dtype=torch.float32, device=device)
     smallest = torch.full((16,), SMALLEST_NORMAL, device=device)
     step = 2.0**-12
@@ -87,14 +91,15 @@ def measure(device: str) -> Elementary:
         exp2_error=exp2_error,
         exp2_count=exp2_count,
         exp2_flushes=bool((launch(kernels.exp2_kernel, tiny) == 0).any()),
-        exp2_exact=bool((launch(kernels.exp2_kernel, -k).double() == torch.exp2(-k.double())).all()),
+        exp2_exact=bool((launch(kernels.exp2_kernel, -k) == weights).all()),
         log2_error=log2_error,
         log2_count=log2_count,
-        log2_exact=bool((launch(kernels.log2_kernel, powers).double() == torch.log2(powers.double())).all()),
+        log2_exact=bool((launch(kernels.log2_kernel, powers) == logs).all()),
         division_error=division_error,
         division_count=division_count,
         division_correctly_rounded=correctly_rounded,
         division_exact=_division_is_exact(device),
+        division_exact_by_powers=_division_by_powers_is_exact(device),
         flushes=bool(
             (launch(kernels.multiply_subtract_kernel, smallest, smallest * 0 + 0.5, smallest * 0) == 0).any()
         ),
@@ -166,18 +171,20 @@ def _division(device: str) -> tuple[float, int, float]:
 
 
 def _division_is_exact(device: str) -> bool:
-    """i * j / j == i for all 12-bit i, j, and any 24-bit i over any power of two up to 2**24."""
-    side = 1 << (12 if device != "cpu" else 8)
-    small = torch.arange(1, side, device=device)
-    i, j = torch.meshgrid(small, small, indexing="ij")
-    x, y = (i * j).reshape(-1).float(), j.reshape(-1).float()
-    products = bool((launch(kernels.divide_kernel, x, y) == i.reshape(-1).float()).all())
-    numerators = torch.from_numpy(np.random.default_rng(3).integers(1, 1 << 24, 4096)).to(device).float()
-    powers = (2.0 ** torch.arange(0, 25, device=device).double()).float()
+    """Whether i * j / j == i for all 12-bit i, j (8 bits on the CPU)."""
+    small = torch.arange(1, 1 << (12 if device != "cpu" else 8), device=device)
+    i, j = (x.reshape(-1) for x in torch.meshgrid(small, small, indexing="ij"))
+    return bool((launch(kernels.divide_kernel, (i * j).float(), j.float()) == i.float()).all())
+
+
+def _division_by_powers_is_exact(device: str) -> bool:
+    """Whether 24-bit integers over 2**0 .. 2**24 come out exact."""
+    drawn = np.random.default_rng(3).integers(1, 1 << 24, 4096)
+    numerators = torch.from_numpy(drawn).to(device).double()
+    powers = torch.tensor([2.0**k for k in range(25)], dtype=torch.float64, device=device)
     x = numerators.repeat_interleave(len(powers))
     y = powers.repeat(len(numerators))
-    by_powers = bool((launch(kernels.divide_kernel, x, y).double() == x.double() / y.double()).all())
-    return products and by_powers
+    return bool((launch(kernels.divide_kernel, x.float(), y.float()).double() == x / y).all())
 
 
 def _cast(device: str, fmt: str) -> str:
