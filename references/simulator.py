@@ -312,7 +312,8 @@ class _Arithmetic:
     def _log2(self, x: Float32Array) -> Float32Array:
         exact = np.log2(x.astype(np.float64))
         error = self._error(self.model.log2_error, 1.0, x.shape)
-        return (exact + (1.0 + np.abs(exact)) * error).astype(np.float32)
+        result: Float32Array = (exact + (1.0 + np.abs(exact)) * error).astype(np.float32)
+        return result
 
     def _divide(self, a: Float32Array, b: Float32Array) -> Float32Array:
         error = self._error(self.model.division_error, 1.0, a.shape)
