@@ -2,8 +2,8 @@
 
     python tests/compile_kernels.py [--arch 80 90 100] [--jobs N]
 
-One JSON line a configuration: registers, spills (stores to and loads from local memory), shared memory. Must run without TRITON_INTERPRET, since the
-kernels have to be compiled functions; ``tests/test_compiles.py`` runs it and judges the lines.
+One JSON line a configuration: registers, spills (accesses of local memory), shared memory. Must run without
+TRITON_INTERPRET, since the kernels have to be compiled; ``tests/test_compiles.py`` runs it and judges the lines.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ ROWS = (1, 32, 64, 1024)
 
 
 def configurations() -> Iterator[tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]]:
-    """Every distinct plan, with the flags that make the largest kernel; the tightest layout and the loosest one."""
+    """Every distinct plan, with the flags that make the largest kernel."""
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         plans = {tuning.plan(q_len=rows, group_size=1, head_dim=head_dim, dtype=dtype) for rows in ROWS}
         for plan in sorted(plans, key=str):
-            for layout, mask_d in ((2, False), (0, True)):
-                flags = {
-                    "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": mask_d,
-                    "ALIGNED": layout==2, "WIDE": False, "CAUSAL": True, "APPEND": True,
-                    "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
-                }  # fmt: skip
-                yield dtype, plan, flags
+            flags = {
+                "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
+                "WIDE": False, "CAUSAL": True, "APPEND": True,
+                "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
+            }  # fmt: skip
+            yield dtype, plan, flags
 
 
 def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, Any], arch: int) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_d": plan.block_d, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-        "layout": flags["ALIGNED"], "registers": int(registers), "spills": len(spills),
+        "registers": int(registers), "spills": len(spills),
         "shared_bytes": compiled.metadata.shared,
     }  # fmt: skip
 

@@ -403,17 +403,16 @@ def _grow(past: tuple[Tensor, Tensor], capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def _launch(problem: _Problem, plan: tuning.LaunchPlan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Allocate the results and run the planned kernel on the device of the query."""
+    """Allocate the results and run the planned kernels on the device of the query."""
     query = problem.query
     batch, num_q_heads, q_len, head_dim = query.shape
-    out = buffers.empty([batch, num_q_heads, q_len, head_dim], query.dtype, query.device)
     lse = buffers.empty([batch, num_q_heads, q_len], torch.float32, query.device) if return_lse else None
     if batch == 0 or q_len == 0:
         if problem.seq_lens_out is not None:
             problem.seq_lens_out.copy_(
                 problem.seq_lens
             ) if problem.seq_lens is not None else problem.seq_lens_out.zero_()
-        return out, lse
+        return buffers.empty(query.shape, query.dtype, query.device), lse
     with _on_device(query), interpreter.silent_arithmetic() if interpreter.is_on() else contextlib.nullcontext():
         readable = dataclasses.replace(
             problem,
@@ -423,13 +422,14 @@ def _launch(problem: _Problem, plan: tuning.LaunchPlan, return_lse: bool) -> tup
             k_new=_readable(problem.k_new),
             v_new=_readable(problem.v_new),
         )
+        out = buffers.empty(readable.query.shape, query.dtype, query.device)
         copied = readable.k_cache is not problem.k_cache or readable.v_cache is not problem.v_cache
         if copied and problem.seq_lens_out is not None:
             _launch_attention(dataclasses.replace(readable, seq_lens_out=None), plan, out, lse)
-            _launch_append(dataclasses.replace(readable, k_cache=problem.k_cache, v_cache=problem.v_cache), plan)
+            _launch_append(problem)
         else:
             _launch_attention(readable, plan, out, lse)
-    return out, lse
+    return (out if out.shape == query.shape else out[..., :head_dim].contiguous()), lse
 
 
 def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, lse: Tensor | None) -> None:
@@ -454,7 +454,6 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         "BLOCK_N": plan.block_n,
         "BLOCK_D": plan.block_d,
         "MASK_D": plan.block_d != head_dim,
-        "ALIGNED": head_dim % 8 == 0,
         "WIDE": any(plan.block_n * t.stride(2) >= 2**31 for t in sources[1:]),
         # A single query sees every new key: no diagonal.
         "CAUSAL": problem.is_causal and (q_len > 1 or problem.causal_offset < 0),
@@ -486,7 +485,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     )
 
 
-def _launch_append(problem: _Problem, plan: tuning.LaunchPlan) -> None:
+def _launch_append(problem: _Problem) -> None:
     """Append the new tokens with a launch of their own, to a cache of any strides."""
     assert problem.seq_lens_out is not None
     assert problem.owner is not None
@@ -498,27 +497,26 @@ def _launch_append(problem: _Problem, plan: tuning.LaunchPlan) -> None:
     append_new_tokens[(token_tiles * num_kv_heads * batch,)](
         problem.seq_lens_out, problem.owner.fault, *caches, *new, *(problem.query if t is None else t for t in lens),
         problem.max_cached, q_len, num_kv_heads, head_dim, problem.slot_limit, token_tiles,
-        *(0 if t is None else t.stride(0) for t in lens),
-        *(s for t in caches for s in t.stride()), *(s for t in new for s in t.stride()[:3]),
-        BLOCK_N=block_n, BLOCK_D=plan.block_d, HAS_SEQ_LENS=lens[0] is not None, HAS_NEW_LENS=lens[1] is not None,
+        *(0 if t is None else t.stride(0) for t in lens), *(s for t in (*caches, *new) for s in t.stride()),
+        BLOCK_N=block_n, BLOCK_D=tuning.padded_head_dim(head_dim),
+        HAS_SEQ_LENS=lens[0] is not None, HAS_NEW_LENS=lens[1] is not None,
     )  # fmt: skip
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy if its layout keeps the kernels from reading it in whole 16-byte vectors.
+    """The tensor, or a copy if its layout keeps the attention kernels from reading it in whole 16-byte vectors.
 
-    The kernels take any strides of batch, head and token, but a head_dim of unit stride, and where head_dim is
-    a multiple of 8, tokens that start at a multiple of 16 bytes. Anything else is rare and would spill registers.
+    The kernels take any strides of batch, head and token that are multiples of 8 elements, over a head_dim of unit
+    stride that is a multiple of 8 itself. Anything else is rare, and reading it element by element would spill
+    registers: it is copied, padded with zeros to a multiple of 8, which changes no bit of a dot product.
     """
-    head_dim = tensor.shape[3]
-    fits = tensor.stride(3) == 1 or head_dim == 1
-    if head_dim % 8 == 0:
-        strides = [s for s, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
-        fits = fits and tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
-    if fits:
+    *outer, head_dim = tensor.shape
+    strides = [s for s, size in zip(tensor.stride(), outer, strict=False) if size > 1]
+    if head_dim % 8 == 0 and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides):
         return tensor
-    copy = buffers.empty(tensor.shape, tensor.dtype, tensor.device)
-    copy.copy_(tensor)
+    copy = buffers.empty([*outer, tuning.ceil_div(head_dim, 8) * 8], tensor.dtype, tensor.device)
+    copy[..., :head_dim].copy_(tensor)
+    copy[..., head_dim:].zero_()
     return copy
 
 

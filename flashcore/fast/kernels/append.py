@@ -8,7 +8,7 @@ from flashcore.fast.kernels.primitives import append_tokens, report_fault, row_l
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_kv_heads head_dim slot_limit token_tiles stride_seq stride_new
     stride_kcb stride_kch stride_kcn stride_kcd stride_vcb stride_vch stride_vcn stride_vcd
-    stride_knb stride_knh stride_knn stride_vnb stride_vnh stride_vnn
+    stride_knb stride_knh stride_knn stride_knd stride_vnb stride_vnh stride_vnn stride_vnd
 """.split()
 
 
@@ -17,10 +17,10 @@ def append_new_tokens(
     seq_lens_out_ptr, fault_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
     max_cached, q_len, num_kv_heads, head_dim, slot_limit, token_tiles, stride_seq, stride_new,
     stride_kcb, stride_kch, stride_kcn, stride_kcd, stride_vcb, stride_vch, stride_vcn, stride_vcd,
-    stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
+    stride_knb, stride_knh, stride_knn, stride_knd, stride_vnb, stride_vnh, stride_vnn, stride_vnd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr,
 ):  # fmt: skip
-    """Copy one tile of new tokens of one (batch row, kv head) to its slots, whatever the strides of the cache.
+    """Copy one tile of new tokens of one (batch row, kv head) to its slots, whatever the strides.
 
     Grid: token_tiles x num_kv_heads x batch, in one dimension.
     """
@@ -42,5 +42,6 @@ def append_new_tokens(
             k_cache_ptr + b64 * stride_kcb + h64 * stride_kch, v_cache_ptr + b64 * stride_vcb + h64 * stride_vch,
             k_new_ptr + b64 * stride_knb + h64 * stride_knh, v_new_ptr + b64 * stride_vnb + h64 * stride_vnh,
             cached, tile * BLOCK_N, tl.minimum(tile * BLOCK_N + BLOCK_N, num_tokens), head_dim,
-            stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_vnn, BLOCK_N, BLOCK_D,
+            stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_knd, stride_vnn, stride_vnd,
+            BLOCK_N, BLOCK_D,
         )  # fmt: skip

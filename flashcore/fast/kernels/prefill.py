@@ -14,8 +14,8 @@ from flashcore.fast.kernels.primitives import (
     tile_rows,
 )
 
-# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only ALIGNED and
-# the other constexprs do. So drawing or meeting a new shape compiles nothing.
+# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only
+# the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit row_tiles
     stride_seq stride_new
@@ -36,19 +36,18 @@ def prefill_attention(
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
+    WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
     HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr, RETURN_LSE: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of BLOCK_M (query, head) rows to all the keys it sees; append the tile's share of new tokens.
 
     Grid: row_tiles x num_kv_heads x batch, in one dimension (the y and z dimensions of a grid end at 65,535).
     """
-    if ALIGNED:
-        head_dim = known_multiple_of_8(head_dim)
-        stride_kcb, stride_kch, stride_kcn = known_multiples_of_8(stride_kcb, stride_kch, stride_kcn)
-        stride_vcb, stride_vch, stride_vcn = known_multiples_of_8(stride_vcb, stride_vch, stride_vcn)
-        stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
-        stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
+    head_dim = known_multiple_of_8(head_dim)
+    stride_kcb, stride_kch, stride_kcn = known_multiples_of_8(stride_kcb, stride_kch, stride_kcn)
+    stride_vcb, stride_vch, stride_vcn = known_multiples_of_8(stride_vcb, stride_vch, stride_vcn)
+    stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
+    stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
     pid = tl.program_id(0)
     # With a causal mask later tiles see more keys: start them first.
     tile = row_tiles - 1 - pid % row_tiles
@@ -114,6 +113,6 @@ def prefill_attention(
             last_token = tl.minimum((tile * BLOCK_M + BLOCK_M + group_size - 1) // group_size, num_queries)
             append_tokens(
                 k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, cached, first_token, last_token, head_dim,
-                stride_kcn, 1, stride_vcn, 1, stride_knn, stride_vnn,
+                stride_kcn, 1, stride_vcn, 1, stride_knn, 1, stride_vnn, 1,
                 BLOCK_N, BLOCK_D,
             )  # fmt: skip

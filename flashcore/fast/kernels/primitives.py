@@ -151,7 +151,7 @@ def attend_segment(
 @triton.jit
 def append_tokens(
     k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, first_slot, start, stop, head_dim,
-    stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_vnn,
+    stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_knd, stride_vnn, stride_vnd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Copy new tokens ``[start, stop)`` bit for bit to slots ``first_slot + token``.
@@ -166,8 +166,8 @@ def append_tokens(
         mask = (offs_n < stop)[:, None] & in_head
         source = offs_n.to(tl.int64)[:, None]
         slot = (first_slot + offs_n).to(tl.int64)[:, None]
-        k = tl.load(k_new_ptr + source * stride_knn + offs_d[None, :], mask=mask)
-        v = tl.load(v_new_ptr + source * stride_vnn + offs_d[None, :], mask=mask)
+        k = tl.load(k_new_ptr + source * stride_knn + offs_d[None, :] * stride_knd, mask=mask)
+        v = tl.load(v_new_ptr + source * stride_vnn + offs_d[None, :] * stride_vnd, mask=mask)
         tl.store(k_cache_ptr + slot * stride_kcn + offs_d[None, :] * stride_kcd, k, mask=mask)
         tl.store(v_cache_ptr + slot * stride_vcn + offs_d[None, :] * stride_vcd, v, mask=mask)
 
