@@ -84,9 +84,7 @@ def assemble(
     fused = [accumulator for accumulator, _ in found.values() if accumulator.fused]
     for label, (accumulator, same) in found.items():
         if accumulator.fused and same < 1.0:
-            raise ValueError(
-                f"{label} must agree with its model on every product, got {same:.4%}: {accumulator}"
-            )
+            raise ValueError(f"{label} must agree with its model on every product, got {same:.4%}: {accumulator}")
     model = dataclasses.replace(
         base,
         name=name,

@@ -139,9 +139,7 @@ def solve(
         # The sums are in units of 2**-spread of the largest weight: C2, tighter, from the data.
         largest = np.maximum(row_sum[head], (weight @ np.abs(v[head // group_size])).max(axis=1, initial=0))
         if largest.max(initial=0) > 1 << SIGNIFICAND:
-            raise ValueError(
-                f"C2: sums must not exceed 2**{SIGNIFICAND} smallest weights, got {largest.max()}"
-            )
+            raise ValueError(f"C2: sums must not exceed 2**{SIGNIFICAND} smallest weights, got {largest.max()}")
 
     sees = row_sum > 0
     # Both are integers of at most 24 bits: float64 division, rounded once more to float32, is the correctly

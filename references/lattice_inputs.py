@@ -25,9 +25,7 @@ def weight_range(max_keys: int, max_value: int = DEFAULT_MAX_VALUE) -> int:
     """The largest R <= 12 that C2 allows for `max_keys` keys; raises if even R = 0 does not fit."""
     bits = (max(1, max_keys) * max(1, max_value) - 1).bit_length()
     if bits > SIGNIFICAND:
-        raise ValueError(
-            f"max_keys * max_value must not exceed 2**{SIGNIFICAND}, got {max_keys} * {max_value}"
-        )
+        raise ValueError(f"max_keys * max_value must not exceed 2**{SIGNIFICAND}, got {max_keys} * {max_value}")
     return min(MAX_RANGE, SIGNIFICAND - bits)
 
 
@@ -180,9 +178,7 @@ def power_of_two_from_draws(
     counts = np.asarray(visible_counts, np.int64)
     distinct = np.unique(counts)
     if len(distinct) > head_dim:
-        raise ValueError(
-            f"visible_counts must have at most head_dim={head_dim} distinct values, got {len(distinct)}"
-        )
+        raise ValueError(f"visible_counts must have at most head_dim={head_dim} distinct values, got {len(distinct)}")
     chosen = weight_range(kv_len, max_value)
     key = -(key_draw % (chosen + 1))
     for d in range(head_dim):

@@ -100,9 +100,7 @@ def simulate(
     num_kv_heads = key.shape[0]
     group_size = num_q_heads // num_kv_heads
     seen = np.tile(visible, (group_size, 1))  # [rows, kv_len]
-    arithmetic = _Arithmetic(
-        as_format(fmt), model, order, errors, contracted, fault, np.random.default_rng(seed)
-    )
+    arithmetic = _Arithmetic(as_format(fmt), model, order, errors, contracted, fault, np.random.default_rng(seed))
     out = np.empty(query.shape)
     lse = np.empty((num_q_heads, q_len))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):

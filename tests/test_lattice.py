@@ -130,9 +130,7 @@ def test_division_sensitive_outputs_are_those_a_wrong_division_changes():
     lattice = from_draws(*draws((2, 2, 64, 200, 64)))
     visible = np.ones((64, 200), bool)
     result = solve(lattice.query, lattice.key, lattice.value, visible, scale_exponent=0, fmt="float16")
-    numerator_over_l = solve(
-        lattice.query, lattice.key, lattice.value, visible, scale_exponent=0, fmt="float32"
-    )
+    numerator_over_l = solve(lattice.query, lattice.key, lattice.value, visible, scale_exponent=0, fmt="float32")
     quotient = decode(numerator_over_l.out_bits, "float32")
 
     changed = np.zeros(result.out_bits.shape, bool)

@@ -72,9 +72,7 @@ def main() -> None:
         for name in measured[fmt][0][2].terms:
             if name == "oracle":
                 continue
-            shares = [
-                allowed.terms[name].mean() / s for (_, _, allowed), s in zip(measured[fmt], size, strict=True)
-            ]
+            shares = [allowed.terms[name].mean() / s for (_, _, allowed), s in zip(measured[fmt], size, strict=True)]
             axis.plot(LENGTHS, shares, label=name)
         axis.set(xscale="log", yscale="log", xlabel="keys", title=fmt, ylim=(1e-9, 1))
     axes[0].set_ylabel("mean term / mean |out|")

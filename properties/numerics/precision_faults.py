@@ -82,9 +82,7 @@ def judge(
     """Run one case and let every oracle and rule but the lattice look at it."""
     tensors = problem.query, problem.key, problem.value
     tiles = tiling(problem.key.shape[1], 0, BLOCK_N, splits(problem.key.shape[1]))
-    out, lse = simulate(
-        *tensors, problem.visible, scale=problem.scale, fmt=fmt, model=model, tiles=tiles, fault=fault
-    )
+    out, lse = simulate(*tensors, problem.visible, scale=problem.scale, fmt=fmt, model=model, tiles=tiles, fault=fault)
     reference, reference_lse = attention(*tensors, is_causal=False, scale=problem.scale)
     gate, alarm = (
         budget(
@@ -246,9 +244,7 @@ def table(fmt: str, faults: Iterable[Fault]) -> tuple[list[str], list[str], list
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; return 1 if a fault escaped all oracles or a clean kernel raised one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m properties.numerics.precision_faults", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m properties.numerics.precision_faults", description=__doc__)
     parser.add_argument("--clean-runs", type=int, default=200)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/numerics.md")
     arguments = parser.parse_args(argv)

@@ -100,9 +100,7 @@ def measure(device: str) -> Elementary:
         division_correctly_rounded=correctly_rounded,
         division_exact=_division_is_exact(device),
         division_exact_by_powers=_division_by_powers_is_exact(device),
-        flushes=bool(
-            (launch(kernels.multiply_subtract_kernel, smallest, smallest * 0 + 0.5, smallest * 0) == 0).any()
-        ),
+        flushes=bool((launch(kernels.multiply_subtract_kernel, smallest, smallest * 0 + 0.5, smallest * 0) == 0).any()),
         contracts=bool((contracted != 0).any()),
         casts={name: _cast(device, name) for name in ("float16", "bfloat16")},
     )
