@@ -444,6 +444,15 @@ def test_a_scale_that_a_device_flushes_to_zero_is_within_the_budget() -> None:
     assert np.all(np.abs(out[0, 0] - 0.5) > kept.out[0, 0])
 
 
+def test_a_constant_that_may_be_flushed_says_nothing_about_which_tile_raises_the_maximum() -> None:
+    problem = dataclasses.replace(draw("falling", 16, 8, FLOAT32, 0), scale=1e-40)
+
+    one = gate(problem, "float32", HOPPER, tiling(16, 0, 16))
+    many = gate(problem, "float32", HOPPER, tiling(16, 0, 1))
+
+    assert np.all(many.terms["logit"] > 4 * one.terms["logit"])
+
+
 def test_weights_below_the_format_of_p_cost_no_more_than_themselves() -> None:
     # 1 key at weight 1 and many at 2**-40, far below what float16 can hold.
     n = 2000
