@@ -32,7 +32,7 @@ class Figures:
     contracts: bool = True
 
 
-def test_the_least_accurate_unit_becomes_the_model():
+def test_the_least_accurate_unit_becomes_the_model() -> None:
     narrower = dataclasses.replace(FUSED, fused_products=8, fused_fraction_bits=13)
     found = {"float16": (FUSED, 1.0), "bfloat16": (narrower, 1.0), "float32": (CHAIN, float("nan"))}
 
@@ -45,24 +45,24 @@ def test_the_least_accurate_unit_becomes_the_model():
     assert model.flush_to_zero  # nor does a product say what happens inside the unit
 
 
-def test_a_sample_refutes_a_documented_bound():
+def test_a_sample_refutes_a_documented_bound() -> None:
     model = assemble({"float16": (FUSED, 1.0)}, Figures(division_error=1e-6), HOPPER, "name", "where")
     assert model.division_error == 1e-6
 
 
-def test_without_a_fused_unit_the_model_is_ieee():
+def test_without_a_fused_unit_the_model_is_ieee() -> None:
     model = assemble({"float16": (CHAIN, float("nan"))}, Figures(), INTERPRETER, "name", "where")
     assert model.accumulator == "ieee"
     assert model.exp2_error == INTERPRETER.exp2_error
 
 
-def test_a_unit_that_its_model_does_not_reproduce_gets_none():
+def test_a_unit_that_its_model_does_not_reproduce_gets_none() -> None:
     with pytest.raises(ValueError, match=r"float16 must agree .* got 99\.0000%"):
         assemble({"float16": (FUSED, 0.99)}, Figures(), HOPPER, "name", "where")
 
 
 @pytest.mark.parametrize("path", sorted(STORED.glob("*.measured.json")), ids=lambda path: path.stem)
-def test_stored_models_follow_from_their_measurements(path):
+def test_stored_models_follow_from_their_measurements(path: Path) -> None:
     model = ArithmeticModel.from_json(path.with_name(path.name.replace(".measured", "")).read_text())
     record = json.loads(path.read_text())
     units = record["accumulators"].values()
@@ -77,7 +77,7 @@ def test_stored_models_follow_from_their_measurements(path):
     assert record["elementary"]["division_exact_by_powers"]
 
 
-def test_the_interpreter_is_measured(tmp_path):
+def test_the_interpreter_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "model.json"
     command = [sys.executable, "-m", "properties.probe", "--out", str(out)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
