@@ -91,9 +91,9 @@ def test_every_order_split_and_accumulator_gives_the_oracles_bits(shape: Shape, 
         j = seed
         lattice = from_draws(*draws(shape, seed), scale_exponent=j, key_offset=64 * seed)
         visible = causal(shape[2], shape[3]) if is_causal else np.ones((shape[2], shape[3]), bool)
-        inputs: Any = [decode(bits, fmt) for bits in lattice.bits(fmt)]
-        expected, lse = exact_attention(*inputs, visible, j, fmt)
-        exact = solve(*inputs, visible, scale_exponent=j, fmt=fmt).lse_is_exact
+        q, k, v = (decode(bits, fmt) for bits in lattice.bits(fmt))
+        expected, lse = exact_attention(q, k, v, visible, j, fmt)
+        exact = solve(q, k, v, visible, scale_exponent=j, fmt=fmt).lse_is_exact
 
         settings: Any = (
             (INTERPRETER, "blas", 64, 10_000),
@@ -105,7 +105,7 @@ def test_every_order_split_and_accumulator_gives_the_oracles_bits(shape: Shape, 
         )
         for model, order, block_n, size in settings:
             out, got_lse = simulate(
-                *inputs, visible, scale=lattice.scale, fmt=fmt, model=model,
+                q, k, v, visible, scale=lattice.scale, fmt=fmt, model=model,
                 tiles=tiles(shape[3], block_n, size), order=order,
             )  # fmt: skip
             np.testing.assert_array_equal(encode(out, fmt), expected)
