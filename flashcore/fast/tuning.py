@@ -27,11 +27,24 @@ MAX_SPLITS = 128
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
-    """How a call is launched. Tiles in rows (block_m) and keys (block_n); kv_split_size in slots."""
+    """How a call is launched.
+
+    Attributes:
+        path: which kernel.
+        block_m: tile of (query, head) rows.
+        block_n: tile of keys.
+        block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
+        block_d: columns of a tile, head_dim and padding.
+        kv_split_size: slots of a split, a multiple of block_n.
+        max_splits: a row's splits grow longer rather than become more.
+        num_warps: of a program.
+        num_stages: of the software pipeline.
+    """
 
     path: Path
     block_m: int
     block_n: int
+    block_new: int
     block_d: int
     kv_split_size: int
     max_splits: int
@@ -125,7 +138,9 @@ def plan(
     rows = q_len * group_size
     block_d = padded_head_dim(head_dim)
     is_float32 = dtype == torch.float32
-    path: Path = _forced.path or ("split" if rows <= SPLIT_ROWS else "prefill")
+    # The split kernel holds all new tokens in one tile.
+    may_split = q_len <= SPLIT_ROWS and _forced.path != "prefill"
+    path: Path = "split" if may_split and (rows <= SPLIT_ROWS or _forced.path == "split") else "prefill"
     block_m = (
         block_m or _forced.block_m or min(max(16, next_power_of_2(max(rows, 1))), _max_block_m(is_float32, block_d))
     )
@@ -135,7 +150,8 @@ def plan(
     # Wider blocks spill registers with 4 warps; tests/test_compiles.py watches it.
     num_warps = 8 if block_m * block_d > 16 * (64 if is_float32 else 256) else 4
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
-    return LaunchPlan(path, block_m, block_n, block_d, kv_split_size, max_splits, num_warps, num_stages)
+    block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
+    return LaunchPlan(path, block_m, block_n, block_new, block_d, kv_split_size, max_splits, num_warps, num_stages)
 
 
 def _max_block_m(is_float32: bool, block_d: int) -> int:
