@@ -41,7 +41,8 @@ def split_kv_attention(
     stride_qb, stride_qh, stride_qm,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEW_AHEAD: tl.constexpr, MASK_D: tl.constexpr,
     WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
     HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr, RETURN_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -92,11 +93,12 @@ def split_kv_attention(
     k_new_ptr += b64 * stride_knb + h64 * stride_knh
     v_new_ptr += b64 * stride_vnb + h64 * stride_vnh
 
-    # Issued before the loop over the cache, so that the new tokens are there when it ends.
     new_n = tl.arange(0, BLOCK_NEW)
-    new_visible = tl.where(is_last, new_keys, 0)
-    k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_visible, head_dim, True, MASK_D, False)
-    v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_visible, head_dim, True, MASK_D, False)
+    if NEW_AHEAD:
+        # Issued before the loop over the cache, so that the new tokens are there when it ends.
+        new_visible = tl.where(is_last, new_keys, 0)
+        k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_visible, head_dim, True, MASK_D, False)
+        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_visible, head_dim, True, MASK_D, False)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -111,6 +113,9 @@ def split_kv_attention(
 
     fits = lengths_ok & (cached + num_queries <= slot_limit)
     if is_last:
+        if not NEW_AHEAD:
+            k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_keys, head_dim, True, MASK_D, False)
+            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)
         acc, m_i, l_i = attend_new_tile(acc, m_i, l_i, q, k_new, v_new, row_limit, qk_scale, BLOCK_NEW, CAUSAL)
         # The last split stores the new tokens of its kv head; one program a batch row writes the row's length.
         if APPEND:
@@ -144,7 +149,7 @@ def split_kv_attention(
             m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
             l_i = tl.zeros([BLOCK_M], tl.float32)
             # Several splits a step, as registers allow: the latencies of their loads overlap.
-            SPLITS_A_STEP: tl.constexpr = 4 if BLOCK_M * BLOCK_D <= 2048 else 1
+            SPLITS_A_STEP: tl.constexpr = 4 if NEW_AHEAD else 1
             for first in range(0, num_splits, SPLITS_A_STEP):
                 for step in tl.static_range(SPLITS_A_STEP):
                     exists = in_tile & (first + step + tl.zeros([BLOCK_M], tl.int32) < num_splits)
