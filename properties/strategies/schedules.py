@@ -1,77 +1,49 @@
 """Rows and steps: the structure of a case, drawn before any dimension.
 
-Every record is a contiguous run of choices, so that Hypothesis can drop a row or a step whole; lengths are
-tiles * blocks + offset, because what goes wrong goes wrong at multiples of something, and one off.
+Lengths are unit * blocks + offset, the unit a tile or a split: what goes wrong goes wrong at multiples of
+something, and one off.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypothesis import strategies as st
-
 from properties.case import Row, Step
+from properties.strategies.choices import Draw, choose, rarely
 from properties.strategies.sizes import Size
 
-# Where tails begin and end; the other offsets are the inside of a tile.
-_EDGES = (0, 1, -1)
-_INSIDE = st.integers(2, 14)
-
-
-def rarely(one_in: int) -> st.SearchStrategy[bool]:
-    """True in one of `one_in` draws; shrinks to False."""
-    return st.integers(0, one_in - 1).map(lambda n: n == one_in - 1)
+# One token or none first, then where tails end and begin, then the inside of a tile.
+_NEW_OFFSETS = (1, 0, -1, 1, 0, -1, *range(2, 15))
+_CACHED_OFFSETS = (0, 1, -1) * 4 + tuple(range(2, 15))
+_LATER_LENGTHS = (
+    *((0, 1), (0, 0), (0, 2), (0, 3), (0, 5), (0, 0), (0, 15)),
+    *((1, 0), (1, 1), (1, -1), (2, 0), (2, 1)),
+)
+_UIDS = tuple(range(16))
+_KINDS = ("append", "append", "append", "peek", "fork", "rollback")
 
 
 @dataclass(frozen=True)
-class Length:
-    """A length before the tile is known; `first` is the shortest one, without blocks."""
+class Units:
+    """What lengths are multiples of [tokens], and the length beyond which blocks are taken away."""
 
-    blocks: int
-    offset: int
-    by_split: bool = False
+    tile: int
+    split: int
+    most: int
 
-    def tokens(self, tile: int, split: int, most: int) -> int:
-        """The length in tokens, never negative; blocks beyond the first give way when `most` is passed."""
-        unit = split if self.by_split else tile
-        return max(0, min(self.blocks, max(1, most // unit)) * unit + self.offset)
-
-
-def cached_lengths(max_blocks: int) -> st.SearchStrategy[Length]:
-    """Shrinks to 0, then to few blocks, then to the edge itself, one after, one before."""
-    offsets = st.sampled_from(_EDGES) | _INSIDE
-    return st.builds(Length, st.integers(0, max_blocks), offsets, rarely(3))
-
-
-def new_lengths(max_blocks: int) -> st.SearchStrategy[Length]:
-    """Shrinks to one token, then to none, then to few tokens."""
-    few = st.sampled_from((1, 0, 2, 3, 5)).map(lambda n: Length(0, n))
-    prompt = st.builds(Length, st.integers(1, max_blocks), st.sampled_from((1, 0, -1)) | _INSIDE)
-    return few | prompt
+    def length(self, blocks: int, offset: int) -> int:
+        """A length in tokens; negative blocks count splits."""
+        unit = self.split if blocks < 0 else self.tile
+        return max(0, min(abs(blocks), max(1, self.most // unit)) * unit + offset)
 
 
 @dataclass(frozen=True)
 class RowDraft:
-    """A row before the tile is known; steps beyond `later` decode one token."""
+    """A row before the tile is known."""
 
-    first: Length
-    cached: Length
-    later: list[Length]
     uid: int
-
-    def row(self, num_steps: int, tile: int, split: int, limits: Size) -> Row:
-        """The row of a case with that many steps."""
-        lengths = [self.first, *self.later, *[Length(0, 1)] * num_steps]
-        new = tuple(length.tokens(tile, split, limits.max_new) for length in lengths[:num_steps])
-        return Row(self.cached.tokens(tile, split, limits.max_cached), new, self.uid)
-
-
-def row_drafts(max_blocks: int, max_steps: int) -> st.SearchStrategy[RowDraft]:
-    """Shrinks to one new token and an empty cache."""
-    later = st.lists(new_lengths(max(1, max_blocks // 2)), max_size=max_steps - 1)
-    return st.builds(
-        RowDraft, new_lengths(max_blocks), cached_lengths(max_blocks), later, st.integers(0, 255)
-    )
+    first: tuple[int, int]
+    cached: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -83,19 +55,50 @@ class StepDraft:
     padding: int
 
 
-@st.composite
-def step_drafts(draw: st.DrawFn) -> StepDraft:
-    """Shrinks to an append without padding."""
-    kind = draw(st.sampled_from(("append", "append", "append", "peek", "fork", "rollback")))
-    amount = 0
-    if kind == "fork":
-        amount = draw(st.integers(1, 3))
-    elif kind == "rollback":
-        amount = draw(st.sampled_from((1, 2, 3, 16, 17)))
-    return StepDraft(kind, amount, draw(st.sampled_from((0, 0, 0, 1, 2, 15))))
+@dataclass(frozen=True)
+class Exchange:
+    """Another length than one token for one row (or all, None) in one of the later steps."""
+
+    row: int | None
+    step: int
+    length: tuple[int, int]
 
 
-def steps_from(drafts: list[StepDraft]) -> tuple[Step, ...]:
+def draw_rows(draw: Draw, limits: Size) -> list[RowDraft]:
+    """At least one row; five choices each, the first of which ends the list."""
+    drafts: list[RowDraft] = []
+    stops = (None,) * (8 if limits.max_rows < 8 else 1)
+    blocks = tuple(range(limits.max_blocks + 1))
+    while len(drafts) < limits.max_rows:
+        b = len(drafts)
+        uid = choose(draw, f"rows[{b}].uid", (*stops, *_UIDS))
+        if uid is None and drafts:
+            break
+        first = choose(draw, f"rows[{b}].first blocks", (0, *blocks))
+        first_offset = choose(draw, f"rows[{b}].first offset", _NEW_OFFSETS)
+        if first == 0 and first_offset < 0:
+            first_offset = 2
+        cached = choose(draw, f"rows[{b}].cached blocks", (*blocks, *(-n for n in blocks[1:])))
+        cached_offset = choose(draw, f"rows[{b}].cached offset", _CACHED_OFFSETS)
+        drafts.append(RowDraft(uid or 0, (first, first_offset), (cached, cached_offset)))
+    return drafts
+
+
+def draw_steps(draw: Draw, most: int) -> tuple[Step, ...]:
+    """At least one step; three choices each, the first of which ends the list."""
+    drafts: list[StepDraft] = []
+    while len(drafts) < most:
+        s = len(drafts)
+        kind = choose(draw, f"steps[{s}].kind", (None,) * 3 + _KINDS)
+        if kind is None and drafts:
+            break
+        amount = choose(draw, f"steps[{s}].amount", (1, 2, 3, 16, 17))
+        padding = choose(draw, f"steps[{s}].padding", (0, 0, 0, 1, 2, 15))
+        drafts.append(StepDraft(kind or "append", amount, padding))
+    return _steps_from(drafts)
+
+
+def _steps_from(drafts: list[StepDraft]) -> tuple[Step, ...]:
     """The steps; a fork with nothing to go back to is an append."""
     steps: list[Step] = []
     line = [0]  # caches the newest one was made from, itself included
@@ -108,3 +111,37 @@ def steps_from(drafts: list[StepDraft]) -> tuple[Step, ...]:
         steps.append(Step(draft.padding, draft.kind != "peek", parent, rollback))
         line.append(s + 1)
     return tuple(steps)
+
+
+def draw_exchanges(draw: Draw, num_rows: int, num_steps: int) -> list[Exchange]:
+    """Lengths of later steps that are not one token; three choices each, the first of which ends the list."""
+    exchanges: list[Exchange] = []
+    while num_steps > 1 and len(exchanges) < 8:
+        e = len(exchanges)
+        which = choose(draw, f"exchanges[{e}].row", (-2, -2, -1, *range(4)))
+        if which == -2:
+            break
+        step = choose(draw, f"exchanges[{e}].step", tuple(range(5)))
+        length = choose(draw, f"exchanges[{e}].length", _LATER_LENGTHS)
+        row = None if which < 0 or not num_rows else which % num_rows
+        exchanges.append(Exchange(row, 1 + step % (num_steps - 1), length))
+    return exchanges
+
+
+def rows_from(
+    drafts: list[RowDraft], exchanges: list[Exchange], num_steps: int, cached: Units, new: Units
+) -> tuple[Row, ...]:
+    """The rows, once the tile is known."""
+    rows = []
+    for b, draft in enumerate(drafts):
+        lengths = [new.length(*draft.first)] + [1] * (num_steps - 1)
+        for exchange in exchanges:
+            if exchange.row in (None, b):
+                lengths[exchange.step] = new.length(*exchange.length)
+        rows.append(Row(cached.length(*draft.cached), tuple(lengths), draft.uid))
+    return tuple(rows)
+
+
+def draw_without_cache(draw: Draw) -> bool:
+    """Whether every row starts empty."""
+    return rarely(draw, "nothing cached", 4)
