@@ -1,0 +1,1 @@
+"""What a correct attention with a KV cache obeys: cases, laws, and the runner that checks them."""
