@@ -1,0 +1,149 @@
+"""Make a failing case smaller without Hypothesis: a fixed list of simplifications, tried until none helps.
+
+Used after Hypothesis has shrunk (it does not jump between distant shapes), and in its place when each trial may
+kill or hang a process, where a few dozen trials are affordable and a thousand are not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from properties.case import FAMILIES, Case, CaseError, Row, Step
+
+Fails = Callable[[Case], bool]
+
+
+def size(case: Case) -> tuple[Any, ...]:
+    """Order of cases by what a person would rather read: fewer tokens, fewer parts, simpler data, shorter text."""
+    tokens = sum(row.cached + sum(row.new) for row in case.rows)
+    padding = len(case.rows) * sum(step.padding for step in case.steps)
+    elements = (tokens + padding) * (case.num_q_heads + 2 * case.num_kv_heads) * case.head_dim
+    numbers = case.capacity + case.seed + abs(case.gain) + sum(row.uid for row in case.rows)
+    text = repr(case)
+    parts = len(case.steps) + len(case.rows) + len(case.patches)
+    return parts, elements, FAMILIES.index(case.values), len(text), numbers, text
+
+
+def simplifications(case: Case) -> Iterator[Case]:
+    """Smaller neighbours of a case, the most drastic first; only valid ones."""
+    smallest = size(case)
+    for changed in _changes(case):
+        try:
+            neighbour = changed()
+        except CaseError:
+            continue
+        if size(neighbour) < smallest:
+            yield neighbour
+
+
+def reduce(
+    case: Case, fails: Fails, deadline: float, on_smaller: Callable[[Case], None] = lambda case: None
+) -> Case:
+    """The smallest failing case that single simplifications lead to.
+
+    Args:
+        case: one that fails.
+        fails: whether a case fails the same way.
+        deadline: ``time.monotonic()`` after which the best so far is returned.
+        on_smaller: told of each smaller failing case.
+    """
+    tried: set[Case] = set()
+    improved = True
+    while improved:
+        improved = False
+        for neighbour in simplifications(case):
+            if time.monotonic() > deadline:
+                return case
+            if neighbour in tried:
+                continue
+            tried.add(neighbour)
+            if fails(neighbour):
+                case, improved = neighbour, True
+                on_smaller(case)
+                break
+    return case
+
+
+def _changes(case: Case) -> Iterator[Callable[[], Case]]:
+    steps, rows = case.steps, case.rows
+    for keep in range(1, len(steps)):
+        yield lambda keep=keep: _with_steps(case, list(range(keep)))
+    for s in range(len(steps)):
+        yield lambda s=s: _with_steps(case, [k for k in range(len(steps)) if k != s])
+    for b in range(len(rows)):
+        yield lambda b=b: _without_row(case, b)
+    for p in range(len(case.patches)):
+        yield lambda p=p: replace(case, patches=case.patches[:p] + case.patches[p + 1 :])
+    for name in ("num_kv_heads", "group_size", "head_dim"):
+        for smaller in _smaller(getattr(case, name), least=1):
+            yield lambda name=name, smaller=smaller: replace(case, **{name: smaller})
+    for b, row in enumerate(rows):
+        for smaller in _smaller(row.cached):
+            yield lambda b=b, n=smaller: _with_row(case, b, cached=n)
+        for s, count in enumerate(row.new):
+            for smaller in _smaller(count):
+                new = (*row.new[:s], smaller, *row.new[s + 1 :])
+                yield lambda b=b, new=new: _with_row(case, b, new=new)
+        for smaller in _smaller(row.uid):
+            yield lambda b=b, n=smaller: _with_row(case, b, uid=n)
+    if len(rows) > 0 and case.op == "attention":
+        # The rows of this function share their lengths, so they change together.
+        for smaller in _smaller(rows[0].cached):
+            yield lambda n=smaller: replace(case, rows=tuple(replace(row, cached=n) for row in rows))
+        for smaller in _smaller(rows[0].new[0]):
+            yield lambda n=smaller: replace(case, rows=tuple(replace(row, new=(n,)) for row in rows))
+    for s, step in enumerate(steps):
+        for name, plain in (("update_cache", True), ("parent", -1), ("rollback", 0), ("padding", 0)):
+            if getattr(step, name) != plain:
+                yield lambda s=s, name=name, plain=plain: _with_step(case, s, **{name: plain})
+    if case.start != "empty":
+        yield lambda: replace(
+            case,
+            start="empty",
+            capacity=0,
+            cache_layout="contiguous",
+            rows=tuple(replace(row, cached=0) for row in rows),
+        )
+        yield lambda: replace(case, start="tuple")
+        for smaller in _smaller(case.capacity, least=1):
+            yield lambda n=smaller: replace(case, capacity=n)
+    for field in fields(Case):
+        if field.name not in ("rows", "steps", "patches", "op", "start", "capacity", "head_dim", "values"):
+            yield lambda f=field: replace(case, **{f.name: f.default})
+    yield lambda: replace(case, kv_split_size=None, block_n=None, block_m=None)
+    for family in FAMILIES[: FAMILIES.index(case.values)]:
+        yield lambda family=family: replace(case, values=family)
+
+
+def _smaller(value: int, least: int = 0) -> Iterator[int]:
+    for candidate in (least, least + 1, value // 2, value - 1):
+        if least <= candidate < value:
+            yield candidate
+
+
+def _with_row(case: Case, b: int, **changes: Any) -> Case:
+    return replace(case, rows=(*case.rows[:b], replace(case.rows[b], **changes), *case.rows[b + 1 :]))
+
+
+def _with_step(case: Case, s: int, **changes: Any) -> Case:
+    return replace(case, steps=(*case.steps[:s], replace(case.steps[s], **changes), *case.steps[s + 1 :]))
+
+
+def _without_row(case: Case, b: int) -> Case:
+    patches = tuple(
+        replace(patch, row=patch.row - (patch.row > b)) for patch in case.patches if patch.row != b
+    )
+    return replace(case, rows=case.rows[:b] + case.rows[b + 1 :], patches=patches)
+
+
+def _with_steps(case: Case, kept: list[int]) -> Case:
+    """Only these steps; a parent that is gone becomes the newest cache."""
+    rename = {0: 0, -1: -1} | {old + 1: new + 1 for new, old in enumerate(kept)}
+    steps: tuple[Step, ...] = tuple(
+        replace(case.steps[s], parent=rename.get(case.steps[s].parent, -1)) for s in kept
+    )
+    rows: tuple[Row, ...] = tuple(replace(row, new=tuple(row.new[s] for s in kept)) for row in case.rows)
+    return replace(case, steps=steps, rows=rows)
