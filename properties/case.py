@@ -188,6 +188,7 @@ class Case(_ShortRepr):
         rows: the batch.
         steps: the calls, in order; op "attention" has exactly one.
         num_kv_heads, group_size: num_q_heads = num_kv_heads * group_size.
+        kv_head_copies: consecutive key/value heads that hold the same numbers (GQA as MHA, expansion).
         head_dim: 1..256.
         dtype: of all inputs and of the cache.
         is_causal: bottom-right alignment.
@@ -210,6 +211,7 @@ class Case(_ShortRepr):
     steps: tuple[Step, ...] = (Step(),)
     num_kv_heads: int = 1
     group_size: int = 1
+    kv_head_copies: int = 1
     head_dim: int = 16
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     is_causal: bool = False
@@ -237,6 +239,7 @@ class Case(_ShortRepr):
         require_int("num_kv_heads", self.num_kv_heads, 1, MAX_HEADS)
         require_int("group_size", self.group_size, 1, MAX_HEADS)
         require_int("num_kv_heads * group_size", self.num_q_heads, 1, MAX_HEADS)
+        require_int("kv_head_copies", self.kv_head_copies, 1, MAX_HEADS)
         require_int("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
         require_choice("dtype", self.dtype, DTYPES)
         require_bool("is_causal", self.is_causal)
@@ -266,6 +269,15 @@ class Case(_ShortRepr):
         ):
             raise CaseError(
                 f"kv_split_size must be a multiple of block_n={self.block_n}, got {self.kv_split_size}"
+            )
+        if self.num_kv_heads % self.kv_head_copies != 0:
+            raise CaseError(
+                f"kv_head_copies must divide num_kv_heads={self.num_kv_heads}, got {self.kv_head_copies}"
+            )
+        if self.key_layout == "expanded_heads" and self.kv_head_copies != self.num_kv_heads:
+            raise CaseError(
+                f"kv_head_copies must be num_kv_heads={self.num_kv_heads} with key_layout 'expanded_heads', "
+                f"got {self.kv_head_copies}"
             )
         for name in ("query_layout", "cache_layout"):
             if getattr(self, name) == "expanded_heads":
