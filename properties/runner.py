@@ -130,6 +130,10 @@ class _Cache:
     v: Guarded
     knows_lengths: bool
 
+    def lengths(self) -> list[int]:
+        """What the object says of its rows; a call must leave it as it is."""
+        return list(self.handle.seq_lens.tolist()) if self.knows_lengths else []
+
 
 class _Session:
     """The caller's side of one run: its tensors, caches and what it knows about their bytes."""
@@ -145,6 +149,7 @@ class _Session:
         self.buffers: list[Guarded] = []
         self.allocated: list[Guarded] = []
         self.caches: list[_Cache | None] = [self._initial()]
+        self.stored: _Cache | None = None
 
     # -- memory ------------------------------------------------------------------------------------------------
 
@@ -184,7 +189,7 @@ class _Session:
         self.buffers += buffers
         k, v = buffers
         if self.case.start == "kv_cache" and self.subject.make_cache is not None:
-            lengths = self._index("the cache's seq_lens", given.seq_lens).tensor
+            lengths = torch.tensor(given.seq_lens, dtype=torch.int32, device=self.device)
             return _Cache(self.subject.make_cache(k.tensor, v.tensor, lengths), k, v, True)
         return _Cache((k.tensor, v.tensor), k, v, False)
 
@@ -209,8 +214,8 @@ class _Session:
         inputs = {
             name: self._input(name, planned, getattr(planned, name)) for name in ("query", "key", "value")
         }
-        arguments: dict[str, Any] = {name: guarded.tensor for name, guarded in inputs.items()}
-        arguments |= {"is_causal": case.is_causal, "return_lse": True}
+        tensors = [guarded.tensor for guarded in inputs.values()]  # by position: the two functions name them differently
+        arguments: dict[str, Any] = {"is_causal": case.is_causal, "return_lse": True}
         for name in ("scale", "block_m", "block_n"):
             if getattr(case, name) is not None:
                 arguments[name] = getattr(case, name)
@@ -233,9 +238,10 @@ class _Session:
         before = {id(buffer): buffer.snapshot() for buffer in (*self.buffers, *inputs.values())}
         old_buffers = list(self.buffers)
         self.allocated = [a for a in self.allocated if a in self.buffers]
-        result: Any = None
+        self.stored = None
+        lengths = [(cache, cache.lengths()) for cache in self.caches if cache is not None]
         try:
-            result = function(**arguments)
+            result = function(*tensors, **arguments)
             if self.device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a kernel raises is a verdict
@@ -248,15 +254,19 @@ class _Session:
             else:
                 self._returned(step, result)
 
-        stores = planned.stores and step.got is not None
-        cache = self.caches[planned.parent] if not stores else self.caches.pop()
-        self.caches.append(cache if stores else self.caches[planned.index])
-        self._compare_bytes(step, inputs, before, old_buffers, cache if stores else None, parent)
+        # A call that stores nothing passes the cache on that it was given.
+        self.caches.append(parent if self.stored is None else self.stored)
+        self._compare_bytes(step, inputs, before, old_buffers, parent)
+        for cache, old in lengths:
+            if cache.lengths() != old:
+                detail = f"they were {old}, are {cache.lengths()}"
+                step.findings.append(Finding("inputs", "the call changed the seq_lens of an older cache", detail))
 
     def _input(self, name: str, planned: PlannedStep, bits: BitsArray) -> Guarded:
         if self.poisoned and self.case.op == "attention_with_kv_cache":
             padding = planned.is_padding
             if padding.any():
+                bits = bits.copy()
                 np.moveaxis(bits, 2, 1)[padding] = poison(self.case.dtype, "unused")
         layout = self.case.query_layout if name == "query" else self.case.key_layout
         return Guarded.holding(name, bits, self.dtype, self.device, layouts.strides(bits.shape, layout))
@@ -330,7 +340,7 @@ class _Session:
                 detail = f"expected {list(planned.kv_lens)}, got {list(step.seq_lens)}"
                 step.findings.append(Finding("lengths", "the returned cache has wrong seq_lens", detail))
         step.k_bits, step.v_bits = bits_of(k.tensor).copy(), bits_of(v.tensor).copy()
-        self.caches.append(_Cache(cache, k, v, lengths is not None))
+        self.stored = _Cache(cache, k, v, lengths is not None)
         return None
 
     def _compare_bytes(
@@ -339,11 +349,10 @@ class _Session:
         inputs: dict[str, Guarded],
         before: dict[int, BitsArray],
         old_buffers: list[Guarded],
-        stored: _Cache | None,
         parent: _Cache | None,
     ) -> None:
         """Every byte of every buffer: changed where it should be, nowhere else."""
-        findings, planned = step.findings, step.plan
+        findings, planned, stored = step.findings, step.plan, self.stored
         for guarded in inputs.values():
             change = guarded.difference(before[id(guarded)])
             if change is not None:

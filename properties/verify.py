@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from properties import case_file, laws, reduction
 from properties.assertions import describe
 from properties.case import Case
 from properties.exploring import Assignment, Failure, Outcome
-from properties.pool import Answer, Death, Pool, Worker
+from properties.pool import Answer, Death, Pool, Worker, WorkerError
 from properties.progress import Line, Moment, Progress, table
 from properties.recorder import Tally
 from properties.worker import Check, Save
+
+__all__ = ["PROFILES", "Options", "WorkerError", "verify", "workers_for"]
 
 EXIT_HOLDS, EXIT_FAILS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 REGRESSIONS = Path("fixtures/regressions")
@@ -439,6 +441,16 @@ def verify(options: Options, progress: Progress | None = None) -> int:
     return Verification(options, Progress() if progress is None else progress).run()
 
 
-def known_profiles() -> Sequence[str]:
-    """Names for the command line."""
-    return tuple(PROFILES)
+def workers_for(device: str, asked: int | None) -> dict[str, int]:
+    """How many workers, and over how many GPUs: one a core on the CPU, one a GPU."""
+    gpus = 0 if device == "cpu" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") else _count_gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"workers": asked or gpus or cores, "gpus": gpus}
+
+
+def _count_gpus() -> int:
+    """Without importing torch, which costs seconds here and again in every worker."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from properties.case import Case
 from references.arithmetic_model import PERMISSIVE, ArithmeticModel
+from references.tiling import Tiles, tiling
 
 DEFAULT = "flashcore"
 VARIABLE = "PROPERTIES_SUBJECT"
@@ -25,14 +26,7 @@ class SubjectError(ValueError):
     """The specification does not name a function that can be called."""
 
 
-class Tiling(NamedTuple):
-    """How a kernel cuts the keys: tiles of ``block_n``, splits of ``kv_split_size`` slots (None: no splits)."""
-
-    block_n: int
-    kv_split_size: int | None
-
-
-# Tiles of 16 keys, the smallest that tensor cores take, round most often: the largest budget of its class.
+# Tiles and splits of 16 keys, the smallest that tensor cores take, round most often: the largest budget.
 _UNKNOWN_BLOCK_N = 16
 
 
@@ -41,9 +35,10 @@ def _unforced(case: Case) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _unknown_tiling(case: Case, q_len: int) -> Tiling:
+def _unknown_tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     del q_len
-    return Tiling(case.block_n or _UNKNOWN_BLOCK_N, case.kv_split_size)
+    block_n = case.block_n or _UNKNOWN_BLOCK_N
+    return tiling(cached, new, block_n, case.kv_split_size or block_n)
 
 
 def _permissive(device: str) -> ArithmeticModel:
@@ -63,7 +58,7 @@ class Subject:
         overflow_error: what it raises when a row does not fit.
         allocators: modules whose ``empty(shape, dtype, device)`` makes everything the kernel writes.
         forced: context in which a case's split size is used.
-        tiling: how the keys of a call with ``q_len`` query columns are cut, for the error budget.
+        tiles: (case, q_len, cached, new) -> the tiles in which it visits the keys of one row, for the error budget.
         model: its arithmetic on "cpu" or "cuda".
     """
 
@@ -74,7 +69,7 @@ class Subject:
     overflow_error: type[Exception] = RuntimeError
     allocators: tuple[ModuleType, ...] = ()
     forced: Callable[[Case], AbstractContextManager[Any]] = _unforced
-    tiling: Callable[[Case, int], Tiling] = _unknown_tiling
+    tiles: Callable[[Case, int, int, int], Tiles] = _unknown_tiles
     model: Callable[[str], ArithmeticModel] = _permissive
 
 

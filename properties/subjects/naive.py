@@ -58,9 +58,9 @@ def attend(
 
 
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     block_m: int | None = None,
     block_n: int | None = None,
     scale: float | None = None,
@@ -71,8 +71,8 @@ def attention(
 ) -> Any:
     """Attention without a cache; tiles are accepted and mean nothing here."""
     del block_m, block_n
-    kv_lens = [key.shape[2]] * key.shape[0]
-    out, lse = _attend_rows(query, key, value, kv_lens, [query.shape[2]] * len(kv_lens), scale, is_causal, attend)
+    kv_lens = [k.shape[2]] * k.shape[0]
+    out, lse = _attend_rows(q, k, v, kv_lens, [q.shape[2]] * len(kv_lens), scale, is_causal, attend)
     return (out, lse) if return_lse else out
 
 
