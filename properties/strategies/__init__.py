@@ -1,0 +1,6 @@
+"""Cases drawn by Hypothesis, and what they reach. Never imports torch or a kernel."""
+
+from properties.strategies.cases import cases
+from properties.strategies.events import REGIONS, describe, record
+
+__all__ = ["REGIONS", "cases", "describe", "record"]

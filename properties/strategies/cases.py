@@ -1,0 +1,255 @@
+"""Whole cases: structure first, then dimensions, then limits, layouts and numbers; valid by construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import strategies as st
+
+from properties.case import DTYPES, FAMILIES, OPS, Case, Patch, Row, Step
+from properties.schedule import Outline, outline
+from properties.strategies.choices import Draw, choose, rarely
+from properties.strategies.schedules import Units, draw_exchanges, draw_rows, draw_steps, rows_from
+from properties.strategies.sizes import Size, chosen_size
+from properties.values import LATTICE_EXPONENTS
+from references.lattice import lattice_scale
+
+Fields = dict[str, Any]
+
+_COMMON_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+_HEAD_DIMS = _COMMON_HEAD_DIMS * 40 + (1,) * 10 + tuple(range(1, 257))
+_SCALES = (None, None, None, 1.0, 0.125, 0.3, -0.5, 0.0)
+_LATTICE_SCALES = tuple(lattice_scale(j) for j in range(LATTICE_EXPONENTS))
+# Families whose point is where their logits lie: another scale would move them.
+_OWN_SCALE = ("negative_logits", "large_logits", "score_range", "one_hot")
+_WITH_GAIN = ("normal", "near_ties", "constant_values")
+_GAINS = (0, 0, 0, 1, -3, 3, 6)
+_SPARE = (0, 1, 16, 40)
+_LAYOUTS = ("contiguous", "contiguous", "transposed", "gapped")
+_NON_FINITE = ("nan", "inf", "-inf")
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    size: str | None = None,
+    ops: Sequence[str] = OPS,
+    families: Sequence[str] = FAMILIES,
+    dtypes: Sequence[str] = DTYPES,
+    causal: Sequence[bool] = (False, True),
+    max_steps: int | None = None,
+    overflow: bool = True,
+    non_finite: bool = False,
+) -> Case:
+    """Draw a case; every example is valid, none is rejected.
+
+    Args:
+        draw: given by Hypothesis.
+        size: "small" for the interpreter, "large" for a GPU; default what the environment says, else "small".
+        ops, families, dtypes, causal: what to draw from, simplest first; all but the first op are rare.
+        max_steps: at most so many calls.
+        overflow: whether calls may have to raise for want of slots.
+        non_finite: whether to set one or two elements of key or value to NaN or an infinity.
+    """
+    limits = chosen_size(size)
+    op = choose(draw, "op", (ops[0],) * (6 - len(ops)) + tuple(ops[1:])) if len(ops) > 1 else ops[0]
+    plain = op == "attention"
+    steps = draw_steps(draw, 1 if plain else min(limits.max_steps, max_steps or limits.max_steps))
+    drafts = draw_rows(draw, limits)
+    if rarely(draw, "no rows", 30):
+        drafts = []
+    exchanges = draw_exchanges(draw, len(drafts), len(steps))
+    nothing_cached = rarely(draw, "nothing cached", 4)
+
+    block_n = choose(draw, "block_n", (None, *limits.tiles))
+    block_m = choose(draw, "block_m", (None, *limits.tiles))
+    splits = choose(draw, "kv_split_size", (None, *limits.splits))
+    kv_split_size = block_n * splits if block_n and splits and not plain else None
+    tile, split = block_n or 16, kv_split_size or 64
+    cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
+    rows = rows_from(drafts, exchanges, len(steps), cached, new)
+    if plain:
+        steps = (Step(),)
+        rows = tuple(Row(rows[0].cached, rows[0].new, row.uid) for row in rows)
+    elif nothing_cached:
+        rows = tuple(replace(row, cached=0) for row in rows)
+
+    schedule = _Schedule(op, rows, steps, block_m, block_n).within(limits.max_tiles)
+    fields: Fields = {"op": op, "rows": schedule.rows, "steps": schedule.steps}
+    fields |= {"block_m": block_m, "block_n": block_n, "kv_split_size": kv_split_size}
+    fields |= _dimensions(draw, schedule, limits)
+    fields |= {
+        "dtype": choose(draw, "dtype", tuple(dtypes)),
+        "is_causal": choose(draw, "causal", tuple(causal)),
+    }
+    fields |= _slots(draw, schedule, overflow)
+    fields |= _layouts(draw, fields)
+    fields |= _numbers(draw, tuple(families))
+    if non_finite and schedule.rows:
+        fields |= {"patches": _patches(draw, fields)}
+    return Case(**fields)
+
+
+class _Schedule:
+    """The rows and steps of a case that never wants for slots, with the outline of its calls."""
+
+    def __init__(
+        self,
+        op: str,
+        rows: tuple[Row, ...],
+        steps: tuple[Step, ...],
+        block_m: int | None,
+        block_n: int | None,
+    ) -> None:
+        self.op, self.rows, self.steps, self.block_m, self.block_n = op, rows, steps, block_m, block_n
+        self.longest = max((row.cached for row in rows), default=0)
+        fields: Fields = {"rows": rows, "steps": steps, "op": op}
+        if op != "attention":
+            most = max((row.cached + sum(row.new) for row in rows), default=0)
+            fields |= {"start": "tuple", "capacity": max(1, self.longest), "cache_max_len": max(1, most)}
+        self.calls: list[Outline] = outline(Case(**fields))
+
+    def tiles(self, group_size: int) -> int:
+        """Tiles all calls visit for one key/value head."""
+        return sum(
+            math.ceil(max(1, call.q_len * group_size) / (self.block_m or 32))
+            * (1 + kv_len // (self.block_n or 32))
+            for call in self.calls
+            for kv_len in call.kv_lens
+        )
+
+    def tokens(self) -> int:
+        """Tokens all calls are given or see, for one head."""
+        return sum(call.q_len + kv_len for call in self.calls for kv_len in call.kv_lens)
+
+    def within(self, max_tiles: int) -> _Schedule:
+        """Drop the last steps, then the last rows, then what is cached, until one head fits the limit."""
+        rows, steps = self.rows, self.steps
+        if not rows or self.tiles(1) <= max_tiles:
+            return self
+        if len(steps) > 1:
+            steps = steps[:-1]
+            rows = tuple(replace(row, new=row.new[:-1]) for row in rows)
+        elif len(rows) > 1:
+            rows = rows[:-1]
+        elif rows[0].cached:
+            rows = (replace(rows[0], cached=0),)
+        else:
+            return self
+        return _Schedule(self.op, rows, steps, self.block_m, self.block_n).within(max_tiles)
+
+
+def _largest_within(options: Sequence[int], chosen: int, fits: Any) -> int:
+    """The chosen option, or the largest before it that fits, or the first."""
+    return next((n for n in reversed(options[: options.index(chosen) + 1]) if fits(n)), options[0])
+
+
+def _dimensions(draw: Draw, schedule: _Schedule, limits: Size) -> Fields:
+    """Heads and head_dim: as many as the schedule leaves room for, the smallest always."""
+    num_kv_heads = _largest_within(
+        limits.kv_heads,
+        choose(draw, "num_kv_heads", limits.kv_heads),
+        lambda n: n * schedule.tiles(1) <= limits.max_tiles,
+    )
+    group_size = _largest_within(
+        limits.groups,
+        choose(draw, "group_size", limits.groups),
+        lambda g: num_kv_heads * schedule.tiles(g) <= limits.max_tiles,
+    )
+    room = limits.max_elements // max(1, schedule.tokens() * num_kv_heads * (group_size + 2))
+    head_dim = min(choose(draw, "head_dim", _HEAD_DIMS), max(16, room))
+    return {"num_kv_heads": num_kv_heads, "group_size": group_size, "head_dim": head_dim}
+
+
+def _slots(draw: Draw, schedule: _Schedule, overflow: bool) -> Fields:
+    """How the cache is given, and how many slots: enough, or one more or less than some row needs."""
+    start = choose(draw, "start", ("empty", "tuple", "kv_cache"))
+    given = _slot_count(draw, "capacity", schedule)
+    spare = choose(draw, "cache_max_len spare", _SPARE)
+    limit = _slot_count(draw, "cache_max_len", schedule)
+    limited = rarely(draw, "cache_max_len limits", 3)
+    if schedule.op == "attention":
+        return {}
+    if start == "empty" and schedule.longest:
+        start = "tuple"
+    # Below what is cached already, even a call that brings no token would have to be refused.
+    least = max(1, schedule.longest)
+    capacity = max(least, given) if start != "empty" else 0
+    roomy = max(least, _needs(schedule)[0], capacity) + spare
+    return {
+        "start": start,
+        "capacity": capacity,
+        "cache_max_len": max(least, limit) if limited and overflow else roomy,
+    }
+
+
+def _needs(schedule: _Schedule) -> list[int]:
+    """Slots the rows need at some step, the largest number first."""
+    lengths = {length for call in schedule.calls if call.stores for length in call.kv_lens}
+    return sorted({schedule.longest, *lengths}, reverse=True)
+
+
+def _slot_count(draw: Draw, name: str, schedule: _Schedule) -> int:
+    """What some row needs at some step, one slot more or less, or room to spare."""
+    needs = _needs(schedule)
+    which = choose(draw, f"{name} need", tuple(range(8)))
+    beyond = choose(draw, f"{name} beyond", (0, 0, -1, -1, 1, 16))
+    return needs[which % len(needs)] + beyond
+
+
+def _layouts(draw: Draw, fields: Fields) -> Fields:
+    """How each tensor group lies in memory; expanded heads hold the same numbers."""
+    query = choose(draw, "query_layout", _LAYOUTS)
+    key = choose(draw, "key_layout", (*_LAYOUTS, "expanded_heads"))
+    cache = choose(draw, "cache_layout", _LAYOUTS)
+    return {
+        "query_layout": query,
+        "key_layout": key,
+        "kv_head_copies": fields["num_kv_heads"] if key == "expanded_heads" else 1,
+        "cache_layout": cache if fields.get("capacity") else "contiguous",
+    }
+
+
+def _numbers(draw: Draw, families: tuple[str, ...]) -> Fields:
+    """The family, and the scale and gain that go with it."""
+    values = choose(draw, "values", families)
+    scale = choose(draw, "scale", _SCALES)
+    lattice = choose(draw, "lattice scale", _LATTICE_SCALES)
+    gain = choose(draw, "gain", _GAINS)
+    seed = choose(draw, "seed", tuple(range(64)))
+    if values == "lattice":
+        scale = lattice
+    elif values == "coherent":
+        scale = 1.0
+    elif values in _OWN_SCALE:
+        scale = None
+    return {"values": values, "scale": scale, "gain": gain if values in _WITH_GAIN else 0, "seed": seed}
+
+
+def _patches(draw: Draw, fields: Fields) -> tuple[Patch, ...]:
+    """One or two elements of key or value that are not finite."""
+    patches: list[Patch] = []
+    for p in range(2):
+        kind = choose(draw, f"patches[{p}].tensor", (None, "key", "value"))
+        if kind is None and patches:
+            break
+        b = choose(draw, f"patches[{p}].row", tuple(range(8))) % len(fields["rows"])
+        row = fields["rows"][b]
+        tokens = row.cached + (sum(row.new) if fields["op"] != "attention" else 0)
+        # Counted from the newest token: the one every later step sees, too.
+        age = choose(draw, f"patches[{p}].age", tuple(range(64)))
+        patches.append(
+            Patch(
+                tensor="value" if kind == "value" else "key",
+                row=b,
+                token=max(0, tokens - 1 - age),
+                head=choose(draw, f"patches[{p}].head", tuple(range(16))) % fields["num_kv_heads"],
+                dim=choose(draw, f"patches[{p}].dim", tuple(range(256))) % fields["head_dim"],
+                value=choose(draw, f"patches[{p}].value", _NON_FINITE),
+            )
+        )
+    return tuple(patches)
