@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -104,7 +105,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         json_path=arguments.json,
         case_seconds=arguments.case_seconds,
     )
-    return verify.verify(replace(options, **verify.workers_for(arguments.device, arguments.workers)))
+    workers, gpus = verify.workers_for(arguments.device, arguments.workers)
+    return verify.verify(replace(options, workers=workers, gpus=gpus))
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -140,7 +142,7 @@ def _subjects(arguments: argparse.Namespace) -> int:
 
 def _probe(arguments: argparse.Namespace) -> int:
     try:
-        from properties import probe
+        probe = importlib.import_module("properties.probe")
     except ImportError:
         raise ValueError("probe is not part of this version") from None
     return int(probe.main(arguments.rest) or 0)

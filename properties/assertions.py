@@ -129,9 +129,7 @@ class LawViolation(AssertionError):
         sightings: the elements compared, the worst one first in each run; what a stand-alone script shows.
     """
 
-    def __init__(
-        self, kind: str, report: str, case: Case | None = None, sightings: Sequence[Sighting] = ()
-    ) -> None:
+    def __init__(self, kind: str, report: str, case: Case | None = None, sightings: Sequence[Sighting] = ()) -> None:
         """Keep the pieces; the message is the report."""
         super().__init__(report)
         self.kind = kind
@@ -223,12 +221,8 @@ def assert_within_budget(got: Got, expected: Expected) -> Utilisation:
     if expected.out.size == 0:
         raise ValueError("expected must have elements, got nothing to compare")
     finite = expected.overflow_free
-    out = _within(
-        "out", got.values, expected.out, expected.out_budget, finite[..., None], expected.out_terms, got
-    )
-    lse = _within(
-        "lse", got.lse_values, expected.lse, expected.lse_budget, finite, expected.lse_terms, got
-    )
+    out = _within("out", got.values, expected.out, expected.out_budget, finite[..., None], expected.out_terms, got)
+    lse = _within("lse", got.lse_values, expected.lse, expected.lse_budget, finite, expected.lse_terms, got)
     return Utilisation(out=out, lse=lse)
 
 
@@ -285,9 +279,7 @@ def _within(
     allowed = float(budget[index])
     if np.isfinite(error[index]) and allowed > 0:
         times = f"{worst:.1f}" if worst < 1000 else f"{worst:.0e}"
-        lines.append(
-            f"  error {float(error[index]):.1e} = {times} x budget {allowed:.1e}{_dominant(terms, index)}"
-        )
+        lines.append(f"  error {float(error[index]):.1e} = {times} x budget {allowed:.1e}{_dominant(terms, index)}")
     elif np.isfinite(error[index]):
         lines.append(f"  error {float(error[index]):.1e}, but this element must be exact")
     else:
@@ -336,12 +328,10 @@ def assert_same_bits(first: Got, second: Got, what: str = "the two runs") -> Non
         if not len(differing):
             continue
         index = tuple(int(i) for i in differing[0])
-        places = first.place(index), second.place(index)
+        here, there = first.place(index), second.place(index)
         digits = one.dtype.itemsize * 2
-        shown = [
-            f"{_hex(float(decode(bits[index], fmt)))} (0x{int(bits[index]):0{digits}x})" for bits in (one, other)
-        ]
-        where = _at(places[0]) if places[0] == places[1] else f"{_at(places[0])} and {_at(places[1])}"
+        shown = [f"{_hex(float(decode(bits[index], fmt)))} (0x{int(bits[index]):0{digits}x})" for bits in (one, other)]
+        where = _at(here) if here == there else f"{_at(here)} and {_at(there)}"
         lines = [
             f"{name} of {what} differs in {len(differing)} of {one.size} elements; the bits must be the same",
             f"  first at {where}: {shown[0]} and {shown[1]}",
@@ -350,8 +340,8 @@ def assert_same_bits(first: Got, second: Got, what: str = "the two runs") -> Non
         if second.case != first.case:
             lines.append(f"  and:  {describe(second.case, second.step)}")
         sightings = [
-            Sighting(got.case, got.step, name, place)
-            for got, place in zip((first, second), places, strict=True)
+            Sighting(first.case, first.step, name, here),
+            Sighting(second.case, second.step, name, there),
         ]
         raise LawViolation("same bits", "\n".join(lines), first.case, sightings)
 

@@ -264,16 +264,10 @@ class Case(_ShortRepr):
         self._require_consistent_schedule()
 
     def _require_consistent_fields(self) -> None:
-        if self.kv_split_size is not None and (
-            self.block_n is None or self.kv_split_size % self.block_n != 0
-        ):
-            raise CaseError(
-                f"kv_split_size must be a multiple of block_n={self.block_n}, got {self.kv_split_size}"
-            )
+        if self.kv_split_size is not None and (self.block_n is None or self.kv_split_size % self.block_n != 0):
+            raise CaseError(f"kv_split_size must be a multiple of block_n={self.block_n}, got {self.kv_split_size}")
         if self.num_kv_heads % self.kv_head_copies != 0:
-            raise CaseError(
-                f"kv_head_copies must divide num_kv_heads={self.num_kv_heads}, got {self.kv_head_copies}"
-            )
+            raise CaseError(f"kv_head_copies must divide num_kv_heads={self.num_kv_heads}, got {self.kv_head_copies}")
         if self.key_layout == "expanded_heads" and self.kv_head_copies != self.num_kv_heads:
             raise CaseError(
                 f"kv_head_copies must be num_kv_heads={self.num_kv_heads} with key_layout 'expanded_heads', "
@@ -282,14 +276,8 @@ class Case(_ShortRepr):
         for name in ("query_layout", "cache_layout"):
             if getattr(self, name) == "expanded_heads":
                 raise CaseError(f"{name} must not be 'expanded_heads': only key and value may share heads")
-        if (
-            self.start == "empty"
-            and self.op == "attention_with_kv_cache"
-            and self.cache_layout != "contiguous"
-        ):
-            raise CaseError(
-                f"cache_layout must be 'contiguous' without a given cache, got {self.cache_layout!r}"
-            )
+        if self.start == "empty" and self.op == "attention_with_kv_cache" and self.cache_layout != "contiguous":
+            raise CaseError(f"cache_layout must be 'contiguous' without a given cache, got {self.cache_layout!r}")
         for p, patch in enumerate(self.patches):
             heads = self.num_q_heads if patch.tensor == "query" else self.num_kv_heads
             for name, limit in (("row", len(self.rows)), ("head", heads), ("dim", self.head_dim)):
@@ -299,24 +287,18 @@ class Case(_ShortRepr):
     def _require_consistent_schedule(self) -> None:
         for b, row in enumerate(self.rows):
             if len(row.new) != len(self.steps):
-                raise CaseError(
-                    f"rows[{b}].new must have one length a step ({len(self.steps)}), got {len(row.new)}"
-                )
+                raise CaseError(f"rows[{b}].new must have one length a step ({len(self.steps)}), got {len(row.new)}")
         for s, step in enumerate(self.steps):
             if step.parent > s:
                 raise CaseError(f"steps[{s}].parent must be at most {s}, got {step.parent}")
             if step.parent not in self.lineage(s):
-                raise CaseError(
-                    f"steps[{s}].parent must be -1 or an ancestor of the newest cache, got {step.parent}"
-                )
+                raise CaseError(f"steps[{s}].parent must be -1 or an ancestor of the newest cache, got {step.parent}")
         if self.op == "attention":
             self._require_plain_attention()
         else:
             longest = max((row.cached for row in self.rows), default=0)
             if self.start == "empty" and (self.capacity or longest):
-                raise CaseError(
-                    f"capacity and cached must be 0 with start 'empty', got {self.capacity} and {longest}"
-                )
+                raise CaseError(f"capacity and cached must be 0 with start 'empty', got {self.capacity} and {longest}")
             if self.start != "empty" and self.capacity < max(1, longest):
                 raise CaseError(f"capacity must be at least {max(1, longest)}, got {self.capacity}")
         tokens = sum(row.cached + sum(row.new) for row in self.rows)
@@ -334,9 +316,7 @@ class Case(_ShortRepr):
             raise CaseError("start, capacity and cache_layout must be the defaults with op 'attention'")
         shapes = sorted({(row.cached, row.new) for row in self.rows})
         if len(shapes) > 1:
-            raise CaseError(
-                f"rows must agree in cached and new with op 'attention', got {shapes[0]} and {shapes[1]}"
-            )
+            raise CaseError(f"rows must agree in cached and new with op 'attention', got {shapes[0]} and {shapes[1]}")
 
     @property
     def batch(self) -> int:

@@ -47,11 +47,7 @@ class CaseFile:
         """Refuse what cannot be stored."""
         for name, least, most in (("law", 1, MAX_NAME), ("subject", 1, MAX_NAME), ("story", 0, MAX_STORY)):
             _require_text(name, getattr(self, name), least, most)
-        if (
-            not isinstance(self.digest, str)
-            or len(self.digest) != 64
-            or set(self.digest) - set("0123456789abcdef")
-        ):
+        if not isinstance(self.digest, str) or len(self.digest) != 64 or set(self.digest) - set("0123456789abcdef"):
             raise CaseError(f"digest must be 64 lower-case hex digits, got {shown(self.digest)}")
         if not isinstance(self.provenance, Mapping) or len(self.provenance) > MAX_PROVENANCE:
             raise CaseError(f"provenance must be an object of at most {MAX_PROVENANCE} facts")
@@ -88,9 +84,7 @@ class CaseFile:
             ("unknown", record.keys() - required - {"story", "provenance"}),
         ):
             if keys:
-                raise CaseError(
-                    f"the file must have exactly the known fields, got {problem} {shown(min(keys))}"
-                )
+                raise CaseError(f"the file must have exactly the known fields, got {problem} {shown(min(keys))}")
         require_int("format", record["format"], FORMAT_VERSION, FORMAT_VERSION)
         # Another generator version would silently replay other numbers than the recorded ones.
         require_int("generator", record["generator"], GENERATOR_VERSION, GENERATOR_VERSION)

@@ -19,6 +19,7 @@ from properties.case import Case
 from properties.journal import Journal
 from properties.laws import Law
 from properties.recorder import Tally, recorder
+from properties.strategies import describe as regions
 
 CONTEXT_LOST_STATUS = 77
 
@@ -100,6 +101,7 @@ class _Watch:
 
     def try_case(self, case: Case) -> None:
         self.tally.cases += 1
+        recorder.reached(regions(case))
         if self.journal is not None:
             worst = self.tally.worst
             self.journal.begin(self.law.name, case.to_json(), worst.out, worst.lse)
@@ -185,7 +187,7 @@ def _search_error(law: Law, error: Exception) -> Failure:
 
 
 def _reduce(watch: _Watch, deadline: float) -> None:
-    assert watch.failed is not None  # noqa: S101 - for the type checker
+    assert watch.failed is not None
     kind = watch.failed.kind
 
     def fails(case: Case) -> bool:

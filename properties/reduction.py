@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from properties.case import FAMILIES, Case, CaseError, Row, Step
@@ -39,16 +40,13 @@ def simplifications(case: Case) -> Iterator[Case]:
             yield neighbour
 
 
-def reduce(
-    case: Case, fails: Fails, deadline: float, on_smaller: Callable[[Case], None] = lambda case: None
-) -> Case:
+def reduce(case: Case, fails: Fails, deadline: float) -> Case:
     """The smallest failing case that single simplifications lead to.
 
     Args:
         case: one that fails.
         fails: whether a case fails the same way.
         deadline: ``time.monotonic()`` after which the best so far is returned.
-        on_smaller: told of each smaller failing case.
     """
     tried: set[Case] = set()
     improved = True
@@ -62,7 +60,6 @@ def reduce(
             tried.add(neighbour)
             if fails(neighbour):
                 case, improved = neighbour, True
-                on_smaller(case)
                 break
     return case
 
@@ -70,52 +67,53 @@ def reduce(
 def _changes(case: Case) -> Iterator[Callable[[], Case]]:
     steps, rows = case.steps, case.rows
     for keep in range(1, len(steps)):
-        yield lambda keep=keep: _with_steps(case, list(range(keep)))
+        yield partial(_with_steps, case, list(range(keep)))
     for s in range(len(steps)):
-        yield lambda s=s: _with_steps(case, [k for k in range(len(steps)) if k != s])
+        yield partial(_with_steps, case, [k for k in range(len(steps)) if k != s])
     for b in range(len(rows)):
-        yield lambda b=b: _without_row(case, b)
+        yield partial(_without_row, case, b)
     for p in range(len(case.patches)):
-        yield lambda p=p: replace(case, patches=case.patches[:p] + case.patches[p + 1 :])
+        yield partial(replace, case, patches=case.patches[:p] + case.patches[p + 1 :])
     for name in ("num_kv_heads", "group_size", "head_dim"):
         for smaller in _smaller(getattr(case, name), least=1):
-            yield lambda name=name, smaller=smaller: replace(case, **{name: smaller})
+            yield partial(replace, case, **{name: smaller})
     for b, row in enumerate(rows):
         for smaller in _smaller(row.cached):
-            yield lambda b=b, n=smaller: _with_row(case, b, cached=n)
+            yield partial(_with_row, case, b, cached=smaller)
         for s, count in enumerate(row.new):
             for smaller in _smaller(count):
                 new = (*row.new[:s], smaller, *row.new[s + 1 :])
-                yield lambda b=b, new=new: _with_row(case, b, new=new)
+                yield partial(_with_row, case, b, new=new)
         for smaller in _smaller(row.uid):
-            yield lambda b=b, n=smaller: _with_row(case, b, uid=n)
+            yield partial(_with_row, case, b, uid=smaller)
     if len(rows) > 0 and case.op == "attention":
         # The rows of this function share their lengths, so they change together.
         for smaller in _smaller(rows[0].cached):
-            yield lambda n=smaller: replace(case, rows=tuple(replace(row, cached=n) for row in rows))
+            yield partial(replace, case, rows=tuple(replace(row, cached=smaller) for row in rows))
         for smaller in _smaller(rows[0].new[0]):
-            yield lambda n=smaller: replace(case, rows=tuple(replace(row, new=(n,)) for row in rows))
+            yield partial(replace, case, rows=tuple(replace(row, new=(smaller,)) for row in rows))
     for s, step in enumerate(steps):
         for name, plain in (("update_cache", True), ("parent", -1), ("rollback", 0), ("padding", 0)):
             if getattr(step, name) != plain:
-                yield lambda s=s, name=name, plain=plain: _with_step(case, s, **{name: plain})
+                yield partial(_with_step, case, s, **{name: plain})
     if case.start != "empty":
-        yield lambda: replace(
+        yield partial(
+            replace,
             case,
             start="empty",
             capacity=0,
             cache_layout="contiguous",
             rows=tuple(replace(row, cached=0) for row in rows),
         )
-        yield lambda: replace(case, start="tuple")
+        yield partial(replace, case, start="tuple")
         for smaller in _smaller(case.capacity, least=1):
-            yield lambda n=smaller: replace(case, capacity=n)
+            yield partial(replace, case, capacity=smaller)
     for field in fields(Case):
         if field.name not in ("rows", "steps", "patches", "op", "start", "capacity", "head_dim", "values"):
-            yield lambda f=field: replace(case, **{f.name: f.default})
-    yield lambda: replace(case, kv_split_size=None, block_n=None, block_m=None)
+            yield partial(replace, case, **{field.name: field.default})
+    yield partial(replace, case, kv_split_size=None, block_n=None, block_m=None)
     for family in FAMILIES[: FAMILIES.index(case.values)]:
-        yield lambda family=family: replace(case, values=family)
+        yield partial(replace, case, values=family)
 
 
 def _smaller(value: int, least: int = 0) -> Iterator[int]:
@@ -133,17 +131,13 @@ def _with_step(case: Case, s: int, **changes: Any) -> Case:
 
 
 def _without_row(case: Case, b: int) -> Case:
-    patches = tuple(
-        replace(patch, row=patch.row - (patch.row > b)) for patch in case.patches if patch.row != b
-    )
+    patches = tuple(replace(patch, row=patch.row - (patch.row > b)) for patch in case.patches if patch.row != b)
     return replace(case, rows=case.rows[:b] + case.rows[b + 1 :], patches=patches)
 
 
 def _with_steps(case: Case, kept: list[int]) -> Case:
     """Only these steps; a parent that is gone becomes the newest cache."""
     rename = {0: 0, -1: -1} | {old + 1: new + 1 for new, old in enumerate(kept)}
-    steps: tuple[Step, ...] = tuple(
-        replace(case.steps[s], parent=rename.get(case.steps[s].parent, -1)) for s in kept
-    )
+    steps: tuple[Step, ...] = tuple(replace(case.steps[s], parent=rename.get(case.steps[s].parent, -1)) for s in kept)
     rows: tuple[Row, ...] = tuple(replace(row, new=tuple(row.new[s] for s in kept)) for row in case.rows)
     return replace(case, steps=steps, rows=rows)

@@ -211,10 +211,10 @@ class _Session:
     def call(self, step: StepRun) -> None:
         """Make one call and note everything about it."""
         planned, case = step.plan, self.case
-        inputs = {
-            name: self._input(name, planned, getattr(planned, name)) for name in ("query", "key", "value")
-        }
-        tensors = [guarded.tensor for guarded in inputs.values()]  # by position: the two functions name them differently
+        inputs = {name: self._input(name, planned, getattr(planned, name)) for name in ("query", "key", "value")}
+        tensors = [
+            guarded.tensor for guarded in inputs.values()
+        ]  # by position: the two functions name them differently
         arguments: dict[str, Any] = {"is_causal": case.is_causal, "return_lse": True}
         for name in ("scale", "block_m", "block_n"):
             if getattr(case, name) is not None:
@@ -232,7 +232,7 @@ class _Session:
                     arguments["seq_lens"] = inputs["seq_lens"].tensor
             function = self.subject.attention_with_kv_cache
         else:
-            assert self.subject.attention is not None  # noqa: S101 - for the type checker
+            assert self.subject.attention is not None
             function = self.subject.attention
 
         before = {id(buffer): buffer.snapshot() for buffer in (*self.buffers, *inputs.values())}

@@ -48,9 +48,7 @@ def _provenance(failure: Failure) -> dict[str, Fact]:
     facts: dict[str, Fact] = {"kind": failure.kind, **devices.versions()}
     facts["device"] = devices.describe(devices.current()).split(";")[0][:200]
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return facts
     return facts | {"commit": done.stdout.strip()[:200]}

@@ -129,8 +129,7 @@ def outline(case: Case) -> list[Outline]:
                 step=step,
                 parent=parent,
                 has_cache=cache.exists,
-                passes_seq_lens=cache.exists
-                and (step.rollback > 0 or (parent == 0 and case.start == "tuple")),
+                passes_seq_lens=cache.exists and (step.rollback > 0 or (parent == 0 and case.start == "tuple")),
                 seq_lens=before,
                 new_lens=new,
                 kv_lens=after,

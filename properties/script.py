@@ -23,9 +23,8 @@ MAX_BYTES = 200_000
 HANG_SECONDS = 120
 TEMPLATE = Path(__file__).with_name("standalone.py")
 # What the script's own checks can see. For the rest it calls the suite.
-SHOWN = frozenset(
-    "out lse shape unwritten raised overflow result lengths append cache inputs crash hang".split()
-)
+SHOWN = {"out", "lse", "shape", "unwritten", "raised", "overflow", "result", "lengths", "append", "cache", "inputs"}
+SHOWN |= {"crash", "hang"}
 
 
 def write(failure: Failure, subject: Subject, json_name: str) -> str:
@@ -75,9 +74,7 @@ def _through_the_suite(failure: Failure, subject: Subject, json_name: str, why: 
     )
 
 
-def _with_data(
-    failure: Failure, subject: Subject, cases: list[Case], same_bits: tuple[Any, ...] | None
-) -> str | None:
+def _with_data(failure: Failure, subject: Subject, cases: list[Case], same_bits: tuple[Any, ...] | None) -> str | None:
     module, _, function = subject.spec.partition(":")
     runs = []
     for case in cases:
@@ -196,6 +193,8 @@ def digits(bits: BitsArray) -> str:
 def _literal(value: Any, indent: int = 0) -> str:
     """A literal a person can read: one field a line, long digits wrapped."""
     pad = " " * (indent + 4)
+    if len(repr(value)) <= 90 and not isinstance(value, dict):
+        return repr(value)
     if isinstance(value, dict):
         fields = [f"{pad}{key!r}: {_literal(item, indent + 4)},\n" for key, item in value.items()]
         return "{\n" + "".join(fields) + " " * indent + "}"

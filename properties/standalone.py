@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# ruff: noqa: F821, D103 - the data comes from the first part; a script of one page explains itself
+# ruff: noqa: D100, D103, F821, B905 - the data comes from the first part; a script of one page explains itself
 # mypy: ignore-errors
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), os.getcwd()]  # a checkout that is not installed
@@ -51,10 +51,7 @@ def unpack(shape, text, width):
     """Bits from hexadecimal digits, ``width`` an element; "*" repeats what is before it: "3c00*17"."""
     digits = [part.partition("*") for part in text.split()]
     flat = [
-        int(d[i : i + width], 16)
-        for d, _, n in digits
-        for _ in range(int(n or 1))
-        for i in range(0, len(d), width)
+        int(d[i : i + width], 16) for d, _, n in digits for _ in range(int(n or 1)) for i in range(0, len(d), width)
     ]
     return np.array(flat, np.uint16 if width == 4 else np.uint32).reshape(shape)
 
@@ -143,7 +140,7 @@ def run(data):
             out, lse = result[0], result[-1]
             expected, sums = np.zeros(tuple(step["query"][0])), np.full(tuple(step["query"][0])[:3], -np.inf)
             for b, n in enumerate(new):
-                rows = inputs["query"][b, :, :n], inputs["key"][b, :, : n], inputs["value"][b, :, : n]
+                rows = inputs["query"][b, :, :n], inputs["key"][b, :, :n], inputs["value"][b, :, :n]
                 if data["op"] == "attention":
                     rows = inputs["query"][b], inputs["key"][b], inputs["value"][b]
                 elif known is not None:
@@ -157,7 +154,10 @@ def run(data):
         if stores:
             slots = max((a + n for a, n in zip(cached, new)), default=0)
             held = []
-            for name, buffer, tokens, index in (("k_cache", result[1][0], "key", 0), ("v_cache", result[1][1], "value", 1)):
+            for name, buffer, tokens, index in (
+                ("k_cache", result[1][0], "key", 0),
+                ("v_cache", result[1][1], "value", 1),
+            ):
                 shape = (*buffer.shape[:2], max(slots, buffer.shape[2]), buffer.shape[3])
                 content = np.zeros(shape, inputs[tokens].dtype)
                 if known is not None:
@@ -181,7 +181,9 @@ def run(data):
                 for b, (a, n) in enumerate(zip(cached, new)):
                     views[0][b, :, a : a + n] = views[1][b, :, a : a + n]
             if not torch.equal(now, old):
-                complain(f"FAILED at step {number + 1}: {(now != old).sum()} elements of {name} or around it were written")
+                complain(
+                    f"FAILED at step {number + 1}: {(now != old).sum()} elements of {name} or around it were written"
+                )
         watched = [(name, storage) for name, storage in watched if name in ("k_cache", "v_cache")]
     return results
 
@@ -215,7 +217,9 @@ if SAME_BITS is not None:
     which, (step, index), (other_step, other_index) = SAME_BITS
     tensor = 0 if which == "out" else 1
     bits = outcomes[0][step][tensor][tuple(index)], outcomes[-1][other_step][tensor][tuple(other_index)]
-    print(f"{which}{list(index)} of the first run: 0x{bits[0]:x}; {which}{list(other_index)} of the second: 0x{bits[1]:x}")
+    print(
+        f"{which}{list(index)} of the first run: 0x{bits[0]:x}; {which}{list(other_index)} of the second: 0x{bits[1]:x}"
+    )
     if bits[0] != bits[1]:
         complain("FAILED: the bits must be the same")
 print("FIXED: every call gives what it should")

@@ -26,9 +26,7 @@ def parse(text: str | bytes) -> object:
     try:
         decoded = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CaseError(
-            f"the text must be UTF-8, got byte {raw[error.start]:#04x} at {error.start}"
-        ) from None
+        raise CaseError(f"the text must be UTF-8, got byte {raw[error.start]:#04x} at {error.start}") from None
     _refuse_deep_nesting(decoded)
     try:
         return json.loads(

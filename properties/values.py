@@ -258,16 +258,12 @@ def _score_range(grid: Grid) -> Float64Array:
 
 def _rising(grid: Grid) -> Float64Array:
     """Each key beats the one before by about half a nat: the running maximum moves in every tile."""
-    return _with_offset(
-        grid, 2.0 ** (_half_octaves(grid.case.head_dim) - 1), grid.position.astype(np.float64)
-    )
+    return _with_offset(grid, 2.0 ** (_half_octaves(grid.case.head_dim) - 1), grid.position.astype(np.float64))
 
 
 def _falling(grid: Grid) -> Float64Array:
     """The first key wins: later tiles hardly count, and must not raise the maximum."""
-    return _with_offset(
-        grid, 2.0 ** (_half_octaves(grid.case.head_dim) - 1), -grid.position.astype(np.float64)
-    )
+    return _with_offset(grid, 2.0 ** (_half_octaves(grid.case.head_dim) - 1), -grid.position.astype(np.float64))
 
 
 def _near_ties(grid: Grid) -> Float64Array:

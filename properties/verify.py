@@ -166,9 +166,7 @@ class Verification:
         return EXIT_FAILS if self._failed() else EXIT_HOLDS
 
     def _failed(self) -> bool:
-        return any(r.failure for r in self.results.values()) or any(
-            r["verdict"] != "holds" for r in self.regressions
-        )
+        return any(r.failure for r in self.results.values()) or any(r["verdict"] != "holds" for r in self.regressions)
 
     def _left(self) -> float | None:
         return None if self.seconds is None else self.seconds - (time.monotonic() - self.began)
@@ -301,7 +299,7 @@ class Verification:
 
     def _reduce_death(self, worker: Worker, death: Death) -> tuple[Case, str]:
         """The smallest case that still kills or hangs a worker; each trial that does costs a restart."""
-        assert death.case is not None  # noqa: S101 - for the type checker
+        assert death.case is not None
         quick = QUICK_HANG_SECONDS if death.kind == "hang" else self.options.case_seconds
 
         def dies(case: Case, seconds: float) -> Death | None:
@@ -325,9 +323,7 @@ class Verification:
                 if name != failure.law and time.monotonic() < deadline:
                     sibling = self._try(worker, name, failure.case)
                     broken += [name] if sibling is not None else []
-            failure = Failure(
-                failure.law, failure.case, failure.kind, failure.report, failure.sightings, tuple(broken)
-            )
+            failure = Failure(failure.law, failure.case, failure.kind, failure.report, failure.sightings, tuple(broken))
         self.results[failure.law].failure = failure
         seconds = time.monotonic() - self.began
         text = f"\nFAILED after {seconds:.0f} s: {self.sentences[failure.law]}\n"
@@ -441,11 +437,11 @@ def verify(options: Options, progress: Progress | None = None) -> int:
     return Verification(options, Progress() if progress is None else progress).run()
 
 
-def workers_for(device: str, asked: int | None) -> dict[str, int]:
+def workers_for(device: str, asked: int | None) -> tuple[int, int]:
     """How many workers, and over how many GPUs: one a core on the CPU, one a GPU."""
     gpus = 0 if device == "cpu" or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") else _count_gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"workers": asked or gpus or cores, "gpus": gpus}
+    return asked or gpus or cores, gpus
 
 
 def _count_gpus() -> int:

@@ -116,8 +116,7 @@ class _Schedule:
     def tiles(self, group_size: int) -> int:
         """Tiles all calls visit for one key/value head."""
         return sum(
-            math.ceil(max(1, call.q_len * group_size) / (self.block_m or 32))
-            * (1 + kv_len // (self.block_n or 32))
+            math.ceil(max(1, call.q_len * group_size) / (self.block_m or 32)) * (1 + kv_len // (self.block_n or 32))
             for call in self.calls
             for kv_len in call.kv_lens
         )

@@ -91,7 +91,9 @@ def load(spec: str) -> Subject:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever somebody else's module raises, the user gets one line
-        raise SubjectError(f"--subject {spec} cannot be imported: {type(error).__name__}: {_one_line(error)}") from error
+        raise SubjectError(
+            f"--subject {spec} cannot be imported: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     call = getattr(module, function, None)
     if not callable(call):
         raise SubjectError(f"--subject must name a function, got {spec!r}, and {module_name} has no {function}")
