@@ -35,12 +35,14 @@ class Death:
         law: the law at work.
         case: the case; None if it could not be read back.
         how: in words: the signal or exit status, or the time waited.
+        cases: cases begun since the worker was given its task.
     """
 
     kind: str
     law: str
     case: Case | None
     how: str
+    cases: int = 0
 
 
 class Worker:
@@ -53,7 +55,7 @@ class Worker:
         self._path = folder / f"worker-{number}"
         self._setup = Setup(subject, device, str(self._path), gpu)
         self._journal = Journal(self._path)
-        self.cases_of_the_dead = 0
+        self._cases_before = 0
         self._start()
 
     def _start(self) -> None:
@@ -89,6 +91,7 @@ class Worker:
         """Hand over a task; ``collect`` gives the answer."""
         self.ready()
         self.task = task
+        self._cases_before = self.entry().cases
         self.connection.send(task)
 
     def entry(self) -> Entry:
@@ -127,7 +130,7 @@ class Worker:
         self.task = None
         self._start()
         self._journal.end()
-        return Death(kind, entry.law, case, how)
+        return Death(kind, entry.law, case, how, entry.cases - self._cases_before)
 
     def stop(self) -> None:
         """Kill the process."""

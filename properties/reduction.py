@@ -64,10 +64,21 @@ def reduce(case: Case, fails: Fails, deadline: float) -> Case:
     return case
 
 
+# What shapes the schedule; all other fields have a plainest value of their own.
+_STRUCTURE = {"rows", "steps", "op", "start", "capacity", "num_kv_heads", "group_size", "head_dim", "cache_max_len"}
+
+
 def _changes(case: Case) -> Iterator[Callable[[], Case]]:
     steps, rows = case.steps, case.rows
+    plain = {field.name: field.default for field in fields(Case) if field.name not in _STRUCTURE}
+    # Everything at once, then in large parts: a trial may cost the restart of a process.
+    yield partial(replace, case, **plain, num_kv_heads=1, group_size=1, head_dim=1)
+    yield partial(replace, case, **plain)
+    yield partial(replace, case, num_kv_heads=1, group_size=1, head_dim=1, kv_head_copies=1)
     for keep in range(1, len(steps)):
         yield partial(_with_steps, case, list(range(keep)))
+    for b in range(len(rows) if len(rows) > 2 else 0):
+        yield partial(_only_row, case, b)
     for s in range(len(steps)):
         yield partial(_with_steps, case, [k for k in range(len(steps)) if k != s])
     for b in range(len(rows)):
@@ -93,9 +104,9 @@ def _changes(case: Case) -> Iterator[Callable[[], Case]]:
         for smaller in _smaller(rows[0].new[0]):
             yield partial(replace, case, rows=tuple(replace(row, new=(smaller,)) for row in rows))
     for s, step in enumerate(steps):
-        for name, plain in (("update_cache", True), ("parent", -1), ("rollback", 0), ("padding", 0)):
-            if getattr(step, name) != plain:
-                yield partial(_with_step, case, s, **{name: plain})
+        for name, default in (("update_cache", True), ("parent", -1), ("rollback", 0), ("padding", 0)):
+            if getattr(step, name) != default:
+                yield partial(_with_step, case, s, **{name: default})
     if case.start != "empty":
         yield partial(
             replace,
@@ -109,9 +120,10 @@ def _changes(case: Case) -> Iterator[Callable[[], Case]]:
         for smaller in _smaller(case.capacity, least=1):
             yield partial(replace, case, capacity=smaller)
     for field in fields(Case):
-        if field.name not in ("rows", "steps", "patches", "op", "start", "capacity", "head_dim", "values"):
+        if field.name in plain and field.name != "values":
             yield partial(replace, case, **{field.name: field.default})
-    yield partial(replace, case, kv_split_size=None, block_n=None, block_m=None)
+    yield partial(replace, case, kv_split_size=None, block_n=None)
+    yield partial(replace, case, cache_max_len=Case.cache_max_len)
     for family in FAMILIES[: FAMILIES.index(case.values)]:
         yield partial(replace, case, values=family)
 
@@ -128,6 +140,12 @@ def _with_row(case: Case, b: int, **changes: Any) -> Case:
 
 def _with_step(case: Case, s: int, **changes: Any) -> Case:
     return replace(case, steps=(*case.steps[:s], replace(case.steps[s], **changes), *case.steps[s + 1 :]))
+
+
+def _only_row(case: Case, b: int) -> Case:
+    for other in reversed(range(len(case.rows))):
+        case = _without_row(case, other) if other != b else case
+    return case
 
 
 def _without_row(case: Case, b: int) -> Case:

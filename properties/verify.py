@@ -35,7 +35,7 @@ SHORTEST_SLICE = 1.0
 SECONDS_AFTER_FAILURE = 3.0
 SHRINK_AFTER_FAILURE = 3.0
 SIBLING_SECONDS = 8.0
-CRASH_REDUCTION_SECONDS = 30.0
+CRASH_REDUCTION_SECONDS = 25.0
 # While a hang is being reduced, a case that runs this long counts as one; the final case gets the full limit.
 QUICK_HANG_SECONDS = 3.0
 
@@ -281,21 +281,31 @@ class Verification:
     def _died(self, worker: Worker, death: Death) -> None:
         """A dead worker is a failing case of the law it was at."""
         result = self.results.get(death.law)
-        if result is None or death.case is None:
+        if result is None:
             self.progress.say(f"a worker died between two cases: {death.how}")
-            if result is not None and result.failure is None:
-                report = f"the kernel took the process with it ({death.how}) on a case that was not noted"
-                result.failure = Failure(death.law, Case(), death.kind, report)
             return
         result.rounds += 1
-        result.tally.cases += 1
+        result.tally.cases += death.cases
         if result.failure is not None:
             return
-        self.progress.say(f"{death.law.replace('_', ' ')}: {death.how}; reducing the case")
-        case, how = self._reduce_death(worker, death)
-        verb = "did not return" if death.kind == "hang" else "killed its process"
-        report = f"the kernel {verb}\n  {how}\n  case: {describe(case)}"
-        self._failure(worker, Failure(death.law, case, death.kind, report))
+        what = "did not return" if death.kind == "hang" else "killed its process"
+        if death.case is None:
+            report = f"the kernel {what}\n  {death.how}, on a case that was not noted"
+            result.failure = Failure(death.law, Case(), death.kind, report)
+            self.progress.say(f"\nFAILED: {self.sentences[death.law]}\n{report}\n")
+            return
+        case, how = death.case, death.how
+        known = any(r.failure is not None and r.failure.kind == death.kind for r in self.results.values())
+        if known:  # the case shown first is the one to look at; another law met the same
+            self.progress.say(f"{death.law.replace('_', ' ')}: the kernel {what} here too ({how})")
+        else:
+            self.progress.say(f"{death.law.replace('_', ' ')}: the kernel {what} ({how}); reducing the case")
+            case, how = self._reduce_death(worker, death)
+        failure = Failure(death.law, case, death.kind, f"the kernel {what}\n  {how}\n  case: {describe(case)}")
+        if known:
+            result.failure = failure
+        else:
+            self._failure(worker, failure)
 
     def _reduce_death(self, worker: Worker, death: Death) -> tuple[Case, str]:
         """The smallest case that still kills or hangs a worker; each trial that does costs a restart."""
