@@ -108,8 +108,8 @@ class KVCache(tuple[Tensor, Tensor]):
         if bad_length:
             self.fault.zero_()
             raise ValueError(
-                f"seq_lens[{bad_length - 1}] or new_lens[{bad_length - 1}] must lie inside the cache and q_len in a call "
-                "whose lengths could not be checked beforehand, got a value out of range; the row was not stored"
+                f"seq_lens[{bad_length - 1}] or new_lens[{bad_length - 1}] must lie inside the cache and q_len in a "
+                "call whose lengths could not be checked beforehand, got a value out of range; the row was not stored"
             )
 
 

@@ -155,8 +155,8 @@ def check_capacity(seq_lens: Sequence[int], new_lens: Sequence[int], cache_max_l
     for b, (cached, new) in enumerate(zip(seq_lens, new_lens, strict=True)):
         if cached + new > cache_max_len:
             raise CacheOverflowError(
-                f"row {b} holds {cached} tokens and {new} new ones do not fit in "
-                f"cache_max_len={cache_max_len}; nothing was written: raise cache_max_len to at least {cached + new}, or drop tokens from the row first"
+                f"row {b} holds {cached} tokens and {new} new ones do not fit in cache_max_len={cache_max_len}; "
+                f"nothing was written: raise cache_max_len to {cached + new} or more, or drop tokens from the row first"
             )
 
 

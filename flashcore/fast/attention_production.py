@@ -17,6 +17,7 @@ if interpreter.is_on():
     interpreter.correct_bfloat16()
     interpreter.save_time()
 
+from flashcore.fast.kernels.append import append_new_tokens
 from flashcore.fast.kernels.prefill import prefill_attention
 from flashcore.fast.kernels.split_kv import split_kv_attention
 
@@ -402,22 +403,43 @@ def _grow(past: tuple[Tensor, Tensor], capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def _launch(problem: _Problem, plan: tuning.LaunchPlan, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Allocate the results and run the planned kernel on the device of the query."""
+    """Allocate the results and run the planned kernels on the device of the query."""
     query = problem.query
     batch, num_q_heads, q_len, head_dim = query.shape
-    num_kv_heads = problem.k_cache.shape[1]
-    out = buffers.empty([batch, num_q_heads, q_len, head_dim], query.dtype, query.device)
     lse = buffers.empty([batch, num_q_heads, q_len], torch.float32, query.device) if return_lse else None
     if batch == 0 or q_len == 0:
         if problem.seq_lens_out is not None:
             problem.seq_lens_out.copy_(
                 problem.seq_lens
             ) if problem.seq_lens is not None else problem.seq_lens_out.zero_()
-        return out, lse
-    # A pointer argument must be a tensor even where the kernel never touches it.
-    unused = query
+        return buffers.empty(query.shape, query.dtype, query.device), lse
+    with _on_device(query), interpreter.silent_arithmetic() if interpreter.is_on() else contextlib.nullcontext():
+        readable = dataclasses.replace(
+            problem,
+            query=_readable(query),
+            k_cache=_readable(problem.k_cache),
+            v_cache=_readable(problem.v_cache),
+            k_new=_readable(problem.k_new),
+            v_new=_readable(problem.v_new),
+        )
+        out = buffers.empty(readable.query.shape, query.dtype, query.device)
+        copied = readable.k_cache is not problem.k_cache or readable.v_cache is not problem.v_cache
+        if copied and problem.seq_lens_out is not None:
+            _launch_attention(dataclasses.replace(readable, seq_lens_out=None), plan, out, lse)
+            _launch_append(problem)
+        else:
+            _launch_attention(readable, plan, out, lse)
+    return (out if out.shape == query.shape else out[..., :head_dim].contiguous()), lse
+
+
+def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, lse: Tensor | None) -> None:
+    """Run the planned attention kernel, which also appends if ``seq_lens_out`` is given."""
+    query = problem.query
+    batch, num_q_heads, q_len, head_dim = query.shape
+    num_kv_heads = problem.k_cache.shape[1]
     group_size = num_q_heads // num_kv_heads
     row_tiles = tuning.ceil_div(q_len * group_size, plan.block_m)
+    unused = query  # a pointer argument must be a tensor even where the kernel never touches it
     fault = problem.owner.fault if problem.owner is not None else unused
     sources = (query, problem.k_cache, problem.v_cache, problem.k_new, problem.v_new)
     lens = (problem.seq_lens, problem.new_lens)
@@ -426,61 +448,76 @@ def _launch(problem: _Problem, plan: tuning.LaunchPlan, return_lse: bool) -> tup
         problem.max_cached, q_len, problem.num_new_keys, problem.causal_offset,
         num_kv_heads, group_size, head_dim, problem.slot_limit, row_tiles,
     )  # fmt: skip
-    strides = (*(0 if t is None else t.stride(0) for t in lens), *(s for t in sources for s in t.stride()))
+    strides = (*(0 if t is None else t.stride(0) for t in lens), *(s for t in sources for s in t.stride()[:3]))
     constants: dict[str, Any] = {
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "BLOCK_D": plan.block_d,
         "MASK_D": plan.block_d != head_dim,
-        "LAYOUT": _layout(problem),
-        "WIDE": _is_wide(problem, plan),
-        "CAUSAL": problem.is_causal,
+        "WIDE": any(plan.block_n * t.stride(2) >= 2**31 for t in sources[1:]),
+        # A single query sees every new key: no diagonal.
+        "CAUSAL": problem.is_causal and (q_len > 1 or problem.causal_offset < 0),
         "APPEND": problem.seq_lens_out is not None,
         "HAS_SEQ_LENS": problem.seq_lens is not None,
         "HAS_NEW_LENS": problem.new_lens is not None,
-        "RETURN_LSE": return_lse,
+        "RETURN_LSE": lse is not None,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
         # Contraction of a*b+c changes last bits; fixed here so that no upgrade decides. See docs/numerics.md.
         "enable_fp_fusion": True,
     }
-    outputs = (
-        out,
-        unused if lse is None else lse,
-        unused if problem.seq_lens_out is None else problem.seq_lens_out,
-    )
-    with (
-        _on_device(query),
-        interpreter.silent_arithmetic() if interpreter.is_on() else contextlib.nullcontext(),
-    ):
-        if plan.path == "prefill":
-            grid = (row_tiles * num_kv_heads * batch,)
-            prefill_attention[grid](*outputs, fault, *pointers, problem.qk_scale, *sizes, *strides, **constants)
-            return out, lse
-        grid_splits = plan.num_splits(problem.max_cached)
+    outputs = (out, unused if lse is None else lse, unused if problem.seq_lens_out is None else problem.seq_lens_out)
+    if plan.path == "prefill":
+        grid = (row_tiles * num_kv_heads * batch,)
+        prefill_attention[grid](*outputs, fault, *pointers, problem.qk_scale, *sizes, *strides, **constants)
+        return
+    grid_splits = plan.num_splits(problem.max_cached)
+    scratch: tuple[Tensor, ...] = (unused, unused, unused)
+    arrivals = unused
+    if grid_splits > 1:
         rows = [batch, num_kv_heads, grid_splits, q_len * group_size]
-        scratch: tuple[Tensor, ...] = (unused, unused, unused)
-        arrivals = unused
-        if grid_splits > 1:
-            scratch = tuple(
-                buffers.empty(shape, torch.float32, query.device) for shape in ([*rows, head_dim], rows, rows)
-            )
-            arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
-        grid = (grid_splits * row_tiles * num_kv_heads * batch,)
-        splits = (grid_splits, plan.kv_split_size, plan.max_splits)
-        split_kv_attention[grid](
-            *outputs,
-            *scratch,
-            arrivals,
-            fault,
-            *pointers,
-            problem.qk_scale,
-            *sizes,
-            *splits,
-            *strides,
-            **constants,
-        )
-    return out, lse
+        scratch = tuple(buffers.empty(shape, torch.float32, query.device) for shape in ([*rows, head_dim], rows, rows))
+        arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
+    grid = (grid_splits * row_tiles * num_kv_heads * batch,)
+    splits = (grid_splits, plan.kv_split_size, plan.max_splits)
+    split_kv_attention[grid](
+        *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, *splits, *strides, **constants
+    )
+
+
+def _launch_append(problem: _Problem) -> None:
+    """Append the new tokens with a launch of their own, to a cache of any strides."""
+    assert problem.seq_lens_out is not None
+    assert problem.owner is not None
+    batch, num_kv_heads, q_len, head_dim = problem.k_new.shape
+    block_n = 16
+    token_tiles = tuning.ceil_div(q_len, block_n)
+    lens = (problem.seq_lens, problem.new_lens)
+    caches, new = (problem.k_cache, problem.v_cache), (problem.k_new, problem.v_new)
+    append_new_tokens[(token_tiles * num_kv_heads * batch,)](
+        problem.seq_lens_out, problem.owner.fault, *caches, *new, *(problem.query if t is None else t for t in lens),
+        problem.max_cached, q_len, num_kv_heads, head_dim, problem.slot_limit, token_tiles,
+        *(0 if t is None else t.stride(0) for t in lens), *(s for t in (*caches, *new) for s in t.stride()),
+        BLOCK_N=block_n, BLOCK_D=tuning.padded_head_dim(head_dim),
+        HAS_SEQ_LENS=lens[0] is not None, HAS_NEW_LENS=lens[1] is not None,
+    )  # fmt: skip
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its layout keeps the attention kernels from reading it in whole 16-byte vectors.
+
+    The kernels take any strides of batch, head and token that are multiples of 8 elements, over a head_dim of unit
+    stride that is a multiple of 8 itself. Anything else is rare, and reading it element by element would spill
+    registers: it is copied, padded with zeros to a multiple of 8, which changes no bit of a dot product.
+    """
+    *outer, head_dim = tensor.shape
+    strides = [s for s, size in zip(tensor.stride(), outer, strict=False) if size > 1]
+    if head_dim % 8 == 0 and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides):
+        return tensor
+    copy = buffers.empty([*outer, tuning.ceil_div(head_dim, 8) * 8], tensor.dtype, tensor.device)
+    copy[..., :head_dim].copy_(tensor)
+    copy[..., head_dim:].zero_()
+    return copy
 
 
 def _on_device(query: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -499,20 +536,3 @@ def _arrival_counters(problem: _Problem, count: int) -> Tensor:
     if problem.seq_lens_out is None or problem.owner is None:
         return torch.zeros(count, dtype=torch.int32, device=problem.query.device)
     return problem.owner.arrival_counters(count)
-
-
-def _layout(problem: _Problem) -> int:
-    """0: any strides; 1: head_dim has unit stride in keys and values; 2: and every stride is a multiple of 16."""
-    keys_and_values = (problem.k_cache, problem.v_cache, problem.k_new, problem.v_new)
-    if any(t.stride(3) != 1 for t in keys_and_values):
-        return 0
-    multiples = all(s % 16 == 0 for t in keys_and_values for s in t.stride()[:3])
-    return 2 if multiples and problem.query.shape[3] % 16 == 0 else 1
-
-
-def _is_wide(problem: _Problem, plan: tuning.LaunchPlan) -> bool:
-    """Whether an offset inside one tile can pass 2**31 elements."""
-    return any(
-        plan.block_n * t.stride(2) + plan.block_d * t.stride(3) >= 2**31
-        for t in (problem.k_cache, problem.v_cache, problem.k_new, problem.v_new)
-    )

@@ -15,11 +15,11 @@ import torch
 
 Path = Literal["split", "prefill"]
 
-SHARED_MEMORY_BYTES = 99 * 1024
-"""What every supported GPU (sm_80 and later) gives one block; sm_80 has 163 KiB, sm_90 and sm_100 227 KiB."""
-
 SPLIT_ROWS = 64
 """Calls with at most this many (query, head) rows a kv head split the keys; longer ones have tiles enough."""
+
+KV_SPLIT_SIZE = 256
+"""Slots of one split: enough work to hide a program's start, few enough that one long row fills a GPU."""
 
 MAX_SPLITS = 128
 """A row's splits grow beyond ``kv_split_size`` slots rather than become more than this."""
@@ -98,10 +98,9 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def shared_memory_bytes(path: Path, block_m: int, block_n: int, block_d: int, itemsize: int, num_stages: int) -> int:
-    """Upper estimate of a kernel's shared memory: K and V tiles of every stage, Q and P once."""
-    kv = 2 * block_n * block_d * itemsize * max(num_stages - (path == "split"), 1)
-    return kv + block_m * (block_d + block_n) * itemsize
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two, at least what a tensor core takes."""
+    return max(16, next_power_of_2(head_dim))
 
 
 def plan(
@@ -124,27 +123,28 @@ def plan(
         block_n: forces the tile of keys.
     """
     rows = q_len * group_size
-    itemsize = dtype.itemsize
-    block_d = max(16, next_power_of_2(head_dim))
+    block_d = padded_head_dim(head_dim)
+    is_float32 = dtype == torch.float32
     path: Path = _forced.path or ("split" if rows <= SPLIT_ROWS else "prefill")
-    block_m = block_m or _forced.block_m
-    block_n = block_n or _forced.block_n
-    wide = block_d * itemsize >= 512  # 256 halves or 128 floats a row
-    if block_m is None:
-        block_m = min(max(16, next_power_of_2(max(rows, 1))), 64 if path == "split" or itemsize == 4 else 128)
-        if block_d * itemsize >= 1024:
-            block_m = min(block_m, 32)
-        elif wide:
-            block_m = min(block_m, 64)
-    if block_n is None:
-        block_n = 16 if block_d * itemsize >= 1024 else 32 if wide or itemsize == 4 else 64
-    kv_split_size = _forced.kv_split_size or max(256, block_n)
-    kv_split_size = ceil_div(kv_split_size, block_n) * block_n
-    num_warps = 4 if block_m <= 64 else 8
-    num_stages = 3 if path == "split" else 2
-    while num_stages > 1 and (
-        shared_memory_bytes(path, block_m, block_n, block_d, itemsize, num_stages) > SHARED_MEMORY_BYTES
-    ):
-        num_stages -= 1
+    block_m = (
+        block_m or _forced.block_m or min(max(16, next_power_of_2(max(rows, 1))), _max_block_m(is_float32, block_d))
+    )
+    block_n = block_n or _forced.block_n or _default_block_n(is_float32, block_d)
+    kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
+    # Wider blocks spill registers with 4 warps; tests/test_compiles.py watches it.
+    num_warps = 8 if block_m * block_d > 16 * (64 if is_float32 else 256) else 4
+    num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
     return LaunchPlan(path, block_m, block_n, block_d, kv_split_size, max_splits, num_warps, num_stages)
+
+
+def _max_block_m(is_float32: bool, block_d: int) -> int:
+    if is_float32 or block_d == 256:
+        return 32
+    return 128
+
+
+def _default_block_n(is_float32: bool, block_d: int) -> int:
+    if block_d == 256:
+        return 16 if is_float32 else 32
+    return 32 if is_float32 else 64

@@ -7,21 +7,21 @@ from flashcore.fast.kernels.primitives import (
     append_tokens,
     attend_segment,
     finish,
-    known_multiple_of_16,
-    known_multiples_of_16,
+    known_multiple_of_8,
+    known_multiples_of_8,
     report_fault,
     row_lengths,
     tile_rows,
 )
 
-# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only LAYOUT and
-# the other constexprs do. So drawing or meeting a new shape compiles nothing.
+# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only
+# the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit row_tiles
     stride_seq stride_new
-    stride_qb stride_qh stride_qm stride_qd
-    stride_kcb stride_kch stride_kcn stride_kcd stride_vcb stride_vch stride_vcn stride_vcd
-    stride_knb stride_knh stride_knn stride_knd stride_vnb stride_vnh stride_vnn stride_vnd
+    stride_qb stride_qh stride_qm
+    stride_kcb stride_kch stride_kcn stride_vcb stride_vch stride_vcn
+    stride_knb stride_knh stride_knn stride_vnb stride_vnh stride_vnn
 """.split()
 
 
@@ -32,25 +32,22 @@ def prefill_attention(
     qk_scale,
     max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, row_tiles,
     stride_seq, stride_new,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    stride_kcb, stride_kch, stride_kcn, stride_kcd, stride_vcb, stride_vch, stride_vcn, stride_vcd,
-    stride_knb, stride_knh, stride_knn, stride_knd, stride_vnb, stride_vnh, stride_vnn, stride_vnd,
+    stride_qb, stride_qh, stride_qm,
+    stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
+    stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
-    LAYOUT: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
+    WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
     HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr, RETURN_LSE: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of BLOCK_M (query, head) rows to all the keys it sees; append the tile's share of new tokens.
 
     Grid: row_tiles x num_kv_heads x batch, in one dimension (the y and z dimensions of a grid end at 65,535).
     """
-    if LAYOUT == 2:
-        head_dim = known_multiple_of_16(head_dim)
-        stride_kcb, stride_kch, stride_kcn = known_multiples_of_16(stride_kcb, stride_kch, stride_kcn)
-        stride_vcb, stride_vch, stride_vcn = known_multiples_of_16(stride_vcb, stride_vch, stride_vcn)
-        stride_knb, stride_knh, stride_knn = known_multiples_of_16(stride_knb, stride_knh, stride_knn)
-        stride_vnb, stride_vnh, stride_vnn = known_multiples_of_16(stride_vnb, stride_vnh, stride_vnn)
-    if LAYOUT >= 1:
-        stride_kcd, stride_vcd, stride_knd, stride_vnd = 1, 1, 1, 1
+    head_dim = known_multiple_of_8(head_dim)
+    stride_kcb, stride_kch, stride_kcn = known_multiples_of_8(stride_kcb, stride_kch, stride_kcn)
+    stride_vcb, stride_vch, stride_vcn = known_multiples_of_8(stride_vcb, stride_vch, stride_vcn)
+    stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
+    stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
     pid = tl.program_id(0)
     # With a causal mask later tiles see more keys: start them first.
     tile = row_tiles - 1 - pid % row_tiles
@@ -72,7 +69,7 @@ def prefill_attention(
     in_head = offs_d < head_dim
     q_ptrs = (
         q_ptr + b64 * stride_qb + (q_head * stride_qh + query.to(tl.int64) * stride_qm)[:, None]
-        + offs_d.to(tl.int64)[None, :] * stride_qd
+        + offs_d[None, :]
     )  # fmt: skip
     q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)
     k_cache_ptr += b64 * stride_kcb + h64 * stride_kch
@@ -88,11 +85,11 @@ def prefill_attention(
         acc, m_i, l_i = attend_segment(
             acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, 0, cached, cached,
             tl.zeros([BLOCK_M], tl.int32) + cached, qk_scale, head_dim,
-            stride_kcn, stride_kcd, stride_vcn, stride_vcd, BLOCK_N, BLOCK_D, MASK_D, False, WIDE,
+            stride_kcn, stride_vcn, BLOCK_N, BLOCK_D, MASK_D, False, WIDE,
         )  # fmt: skip
         acc, m_i, l_i = attend_segment(
             acc, m_i, l_i, q, k_new_ptr, v_new_ptr, 0, new_stop, common_limit, row_limit, qk_scale, head_dim,
-            stride_knn, stride_knd, stride_vnn, stride_vnd, BLOCK_N, BLOCK_D, MASK_D, CAUSAL, WIDE,
+            stride_knn, stride_vnn, BLOCK_N, BLOCK_D, MASK_D, CAUSAL, WIDE,
         )  # fmt: skip
 
     out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))
@@ -116,6 +113,6 @@ def prefill_attention(
             last_token = tl.minimum((tile * BLOCK_M + BLOCK_M + group_size - 1) // group_size, num_queries)
             append_tokens(
                 k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, cached, first_token, last_token, head_dim,
-                stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_knd, stride_vnn, stride_vnd,
+                stride_kcn, 1, stride_vcn, 1, stride_knn, 1, stride_vnn, 1,
                 BLOCK_N, BLOCK_D,
             )  # fmt: skip

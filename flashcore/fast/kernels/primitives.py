@@ -10,19 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
-def known_multiple_of_16(x):
+def known_multiple_of_8(x):
     """``x``, in a form that tells the compiler what the host has checked: so it vectorises loads that step by it."""
-    return x // 16 * 16
+    return x // 8 * 8
 
 
 @triton.jit
-def known_multiples_of_16(x, y, z):
-    """``known_multiple_of_16`` of three strides."""
-    return known_multiple_of_16(x), known_multiple_of_16(y), known_multiple_of_16(z)
+def known_multiples_of_8(x, y, z):
+    """``known_multiple_of_8`` of three strides."""
+    return known_multiple_of_8(x), known_multiple_of_8(y), known_multiple_of_8(z)
 
 
 @triton.jit
-def load_tile(ptr, offs_n, offs_d, stride_n, stride_d, stop, head_dim, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
+def load_tile(ptr, offs_n, offs_d, stride_n, stop, head_dim, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
     """Load rows ``offs_n`` of a [*, head_dim] matrix; rows at or past ``stop`` and padding columns are 0.
 
     The masks are part of the contract, not an optimisation: what they hide is never read, so that
@@ -30,7 +30,7 @@ def load_tile(ptr, offs_n, offs_d, stride_n, stride_d, stop, head_dim, MASK_N: t
 
     Returns [len(offs_n), len(offs_d)] in the dtype of ``ptr``.
     """
-    ptrs = ptr + offs_n[:, None] * stride_n + offs_d[None, :] * stride_d
+    ptrs = ptr + offs_n[:, None] * stride_n + offs_d[None, :]
     if MASK_N and MASK_D:
         tile = tl.load(ptrs, mask=(offs_n < stop)[:, None] & (offs_d < head_dim)[None, :], other=0.0)
     elif MASK_N:
@@ -69,33 +69,31 @@ def online_softmax_update(acc, m_i, l_i, logits, v):
 
 
 @triton.jit
-def contain_nonfinite_values(acc, v, visible):
+def contain_nonfinite_values(acc, v, offs_n, row_limit):
     """Keep a NaN or Inf value from the rows that do not see its key.
 
     Hidden keys have weight 0, but 0 * NaN is NaN: in a tile where some rows see a key and others do
     not, the product P.V would carry a non-finite value to all of them. Its elements are replaced by 0 and
-    the rows that do see them get NaN directly.
+    the rows that do see them get NaN directly: those whose limit lies past the first such key.
 
-    acc      [BLOCK_M, BLOCK_D]  float32
-    v        [BLOCK_N, BLOCK_D]  input dtype
-    visible  [BLOCK_M, BLOCK_N]  bool
+    acc        [BLOCK_M, BLOCK_D]  float32
+    v          [BLOCK_N, BLOCK_D]  input dtype
+    offs_n     [BLOCK_N]           position of each key in the segment
+    row_limit  [BLOCK_M]           row i sees keys below row_limit[i]
 
-    Returns acc and v with finite elements only. Cost: one reduction a tile, and a product when it fires.
+    Returns acc and v; v has finite elements only.
     """
-    v_float = v.to(tl.float32)
-    nonfinite = (tl.abs(v_float) < float("inf")) == 0  # also true for NaN
-    if tl.max(tl.max(nonfinite.to(tl.int32), axis=1), axis=0) > 0:
-        # 0/1 products summed in float32 are exact, and positive where a row sees a non-finite element.
-        reached = tl.dot(visible.to(tl.float16), nonfinite.to(tl.float16))
-        acc = tl.where(reached > 0.0, float("nan"), acc)
-        v = tl.where(nonfinite, 0.0, v_float).to(v.dtype)
-    return acc, v
+    finite = tl.abs(v.to(tl.float32)) < float("inf")  # false for NaN
+    never: tl.constexpr = 2147483647
+    first_nonfinite = tl.min(tl.where(finite, never, offs_n[:, None]), axis=0)  # [BLOCK_D]
+    acc = tl.where(row_limit[:, None] > first_nonfinite[None, :], float("nan"), acc)
+    return acc, tl.where(finite, v, 0.0)
 
 
 @triton.jit
 def attend_tile(
     acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
-    stride_kn, stride_kd, stride_vn, stride_vd,
+    stride_kn, stride_vn,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_N: tl.constexpr, MASK_D: tl.constexpr,
     CAUSAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -111,22 +109,21 @@ def attend_tile(
     offs_d = tl.arange(0, BLOCK_D)
     if WIDE:
         offs_n = offs_n.to(tl.int64)
-        offs_d = offs_d.to(tl.int64)
-    k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stride_kd, stop - start_n, head_dim, MASK_N, MASK_D)
+    k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
-    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stride_vd, stop - start_n, head_dim, MASK_N, MASK_D)
+    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D)
     if MASK_N:
         visible = (start_n + offs_n)[None, :] < row_limit[:, None]
         logits = tl.where(visible, logits, -float("inf"))
         if CAUSAL:
-            acc, v = contain_nonfinite_values(acc, v, visible)
+            acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)
     return online_softmax_update(acc, m_i, l_i, logits, v)
 
 
 @triton.jit
 def attend_segment(
     acc, m_i, l_i, q, k_ptr, v_ptr, start, stop, common_limit, row_limit, qk_scale, head_dim,
-    stride_kn, stride_kd, stride_vn, stride_vd,
+    stride_kn, stride_vn,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Fold keys ``[start, stop)`` of one segment into the running state.
@@ -141,12 +138,12 @@ def attend_segment(
     for start_n in range(start, full_stop, BLOCK_N):
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
-            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE,
+            stride_kn, stride_vn, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE,
         )  # fmt: skip
     for start_n in range(full_stop, stop, BLOCK_N):
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
-            stride_kn, stride_kd, stride_vn, stride_vd, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE,
+            stride_kn, stride_vn, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE,
         )  # fmt: skip
     return acc, m_i, l_i
 

@@ -7,8 +7,8 @@ from flashcore.fast.kernels.primitives import (
     append_tokens,
     attend_segment,
     finish,
-    known_multiple_of_16,
-    known_multiples_of_16,
+    known_multiple_of_8,
+    known_multiples_of_8,
     merge_partial,
     report_fault,
     row_lengths,
@@ -16,15 +16,15 @@ from flashcore.fast.kernels.primitives import (
     tile_rows,
 )
 
-# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only LAYOUT and
-# the other constexprs do. So drawing or meeting a new shape compiles nothing.
+# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only
+# the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit row_tiles
     grid_splits kv_split_size max_splits
     stride_seq stride_new
-    stride_qb stride_qh stride_qm stride_qd
-    stride_kcb stride_kch stride_kcn stride_kcd stride_vcb stride_vch stride_vcn stride_vcd
-    stride_knb stride_knh stride_knn stride_knd stride_vnb stride_vnh stride_vnn stride_vnd
+    stride_qb stride_qh stride_qm
+    stride_kcb stride_kch stride_kcn stride_vcb stride_vch stride_vcn
+    stride_knb stride_knh stride_knn stride_vnb stride_vnh stride_vnn
 """.split()
 
 
@@ -36,11 +36,11 @@ def split_kv_attention(
     max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, row_tiles,
     grid_splits, kv_split_size, max_splits,
     stride_seq, stride_new,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    stride_kcb, stride_kch, stride_kcn, stride_kcd, stride_vcb, stride_vch, stride_vcn, stride_vcd,
-    stride_knb, stride_knh, stride_knn, stride_knd, stride_vnb, stride_vnh, stride_vnn, stride_vnd,
+    stride_qb, stride_qh, stride_qm,
+    stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
+    stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
-    LAYOUT: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
+    WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
     HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr, RETURN_LSE: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of (query, head) rows to one range of the cached keys; the last program to arrive merges.
@@ -52,14 +52,11 @@ def split_kv_attention(
     without the last dimension, float32; arrivals [batch, num_kv_heads, row_tiles] int32, zero before and after.
     Grid: grid_splits x row_tiles x num_kv_heads x batch in one dimension; programs past a row's own ranges leave.
     """
-    if LAYOUT == 2:
-        head_dim = known_multiple_of_16(head_dim)
-        stride_kcb, stride_kch, stride_kcn = known_multiples_of_16(stride_kcb, stride_kch, stride_kcn)
-        stride_vcb, stride_vch, stride_vcn = known_multiples_of_16(stride_vcb, stride_vch, stride_vcn)
-        stride_knb, stride_knh, stride_knn = known_multiples_of_16(stride_knb, stride_knh, stride_knn)
-        stride_vnb, stride_vnh, stride_vnn = known_multiples_of_16(stride_vnb, stride_vnh, stride_vnn)
-    if LAYOUT >= 1:
-        stride_kcd, stride_vcd, stride_knd, stride_vnd = 1, 1, 1, 1
+    head_dim = known_multiple_of_8(head_dim)
+    stride_kcb, stride_kch, stride_kcn = known_multiples_of_8(stride_kcb, stride_kch, stride_kcn)
+    stride_vcb, stride_vch, stride_vcn = known_multiples_of_8(stride_vcb, stride_vch, stride_vcn)
+    stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
+    stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
     pid = tl.program_id(0)
     s = pid % grid_splits
     tile = pid // grid_splits % row_tiles
@@ -85,7 +82,7 @@ def split_kv_attention(
     in_head = offs_d < head_dim
     q_ptrs = (
         q_ptr + b64 * stride_qb + (q_head * stride_qh + query.to(tl.int64) * stride_qm)[:, None]
-        + offs_d.to(tl.int64)[None, :] * stride_qd
+        + offs_d[None, :]
     )  # fmt: skip
     q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)
     k_cache_ptr += b64 * stride_kcb + h64 * stride_kch
@@ -101,12 +98,12 @@ def split_kv_attention(
         acc, m_i, l_i = attend_segment(
             acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, start, stop, stop,
             tl.zeros([BLOCK_M], tl.int32) + stop, qk_scale, head_dim,
-            stride_kcn, stride_kcd, stride_vcn, stride_vcd, BLOCK_N, BLOCK_D, MASK_D, False, WIDE,
+            stride_kcn, stride_vcn, BLOCK_N, BLOCK_D, MASK_D, False, WIDE,
         )  # fmt: skip
         if is_last:
             acc, m_i, l_i = attend_segment(
                 acc, m_i, l_i, q, k_new_ptr, v_new_ptr, 0, new_stop, common_limit, row_limit, qk_scale, head_dim,
-                stride_knn, stride_knd, stride_vnn, stride_vnd, BLOCK_N, BLOCK_D, MASK_D, CAUSAL, WIDE,
+                stride_knn, stride_vnn, BLOCK_N, BLOCK_D, MASK_D, CAUSAL, WIDE,
             )  # fmt: skip
 
     # The last split copies the new tokens of its kv head; one program a batch row writes the row's length.
@@ -119,7 +116,7 @@ def split_kv_attention(
             if fits:
                 append_tokens(
                     k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, cached, 0, num_queries, head_dim,
-                    stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_knd, stride_vnn, stride_vnd,
+                    stride_kcn, 1, stride_vcn, 1, stride_knn, 1, stride_vnn, 1,
                     BLOCK_N, BLOCK_D,
                 )  # fmt: skip
 
