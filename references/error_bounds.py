@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from references.alarm import grouped_norm, independent_errors
 from references.arithmetic_model import ArithmeticModel
+from references.overflow import non_finite
+from references.overflow import overflow_free as overflow_free
 from references.rounding import Format, as_format
-from references.rounding_errors import Arithmetic
+from references.rounding_errors import Arithmetic, expm1_bound
 from references.tiling import Tiles
 from references.tiling import tiling as tiling
 from references.weight_errors import LN_2, Weights, lifted_magnitude, p_rounding, weights_of
@@ -33,8 +35,8 @@ LSE_TERMS = ("logit", "P", "sum", "underflow", "logarithm", "rounding", "oracle"
 class Budget:
     """Error budgets and what they consist of.
 
-    A budget of 0 is met by the exact value only; NaN means that no bound exists, because a non-finite input
-    is visible.
+    A budget of 0 is met by the exact value only. NaN means that there is no bound, because a non-finite input
+    is visible or the logits overflow even float64.
 
     Attributes:
         out: [num_q_heads, q_len, head_dim]
@@ -181,20 +183,36 @@ def partial_error(arithmetic: Arithmetic) -> float:
     return (1 + model.division_error) * (1 + rounding) - 1
 
 
+def _log_mean_exp(weights: Weights, exponent: Float64Array, log_total: Float64Array) -> Float64Array:
+    """log sum_j w_j exp(exponent_j) for exponents >= 0, also where exp overflows and w underflows."""
+    if exponent.max(initial=0.0) < 0.5:
+        result: Float64Array = np.log1p((weights.weight * expm1_bound(exponent)).sum(axis=-1))
+        return result
+    logs = np.where(weights.visible, exponent - LN_2 * weights.gap - log_total[..., None], -np.inf)
+    top = logs.max(axis=-1)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        total: Float64Array = top + np.log(np.exp(logs - top[..., None]).sum(axis=-1))
+    return np.maximum(total, 0.0)
+
+
 def _lse_terms(weights: Weights, arithmetic: Arithmetic) -> dict[str, Float64Array]:
     """(9) Budget of the log-sum-exp; it is a float32 whatever the input format."""
     model, u, way = arithmetic.model, arithmetic.u, weights.way
     log_total = np.log(weights.total)
-    grown = (weights.weight * weights.lse_deviation).sum(axis=-1)
+    logit = _log_mean_exp(weights, weights.lse_exponent, log_total)
     if arithmetic.confidence is not None:
         own = weights.weight * (weights.deviation - weights.shared)
+        deviation = expm1_bound(weights.lse_exponent)
+        common = (weights.weight * deviation).sum(axis=-1) - own.sum(axis=-1)
+        second_order = (weights.weight * deviation**2).sum(axis=-1)
         independent = arithmetic.confidence * grouped_norm(weights, own)
-        second_order = (weights.weight * weights.lse_deviation**2).sum(axis=-1)
-        grown = np.minimum(grown, grown - own.sum(axis=-1) + independent + second_order)
-    terms = {"logit": np.log1p(grown), "P": np.zeros_like(grown)}
+        logit = np.fmin(logit, common + independent + second_order)
+    terms = {"logit": logit, "P": np.zeros_like(logit)}
     if model.row_sum_from_p:
-        p_error = p_rounding(weights, arithmetic)
-        terms["P"] = 2 * (weights.weight * (1 + weights.lse_deviation) * p_error).sum(axis=-1)
+        p_error = np.log1p(np.broadcast_to(p_rounding(weights, arithmetic), weights.gap.shape))
+        with_p = _log_mean_exp(weights, weights.lse_exponent + p_error, log_total)
+        terms["P"] = with_p - _log_mean_exp(weights, weights.lse_exponent, log_total)
     terms["sum"] = -np.log1p(-np.minimum(arithmetic.row_sum(way), 0.5))
     count = weights.visible.sum(axis=-1)
     operations = 2 * count + 4 * way.tiles * way.splits + 2
@@ -245,21 +263,23 @@ def budget(
     shape = (num_kv_heads, group_size * q_len)
     rows = np.tile(visible, (group_size, 1))
     query = query.reshape(*shape, head_dim)
-    unbounded, lse_unbounded, (query, key, value) = _non_finite(query, key, value, rows)
+    unbounded, lse_unbounded, (query, key, value) = non_finite(query, key, value, rows)
 
     if kv_len == 0 or q_len == 0:
         out_zero, lse_zero = np.zeros((num_q_heads, q_len, value.shape[-1])), np.zeros((num_q_heads, q_len))
         return Budget(out_zero, lse_zero, dict.fromkeys(TERMS, out_zero), dict.fromkeys(LSE_TERMS, lse_zero))
-    arithmetic = Arithmetic(model, fmt, head_dim, None)
-    weights = weights_of(query, key, rows, scale, arithmetic, tiles)
-    exact = weights.weight @ value
-    terms = _out_terms(weights, value, exact, arithmetic)
-    lse_terms = _lse_terms(weights, arithmetic)
-    if alarm_lambda is not None:
-        arithmetic = Arithmetic(model, fmt, head_dim, alarm_lambda)
+    # Logits that are not finite in float64 have no bound; overflow_free says so too.
+    with np.errstate(over="ignore", invalid="ignore"):
+        arithmetic = Arithmetic(model, fmt, head_dim, None)
         weights = weights_of(query, key, rows, scale, arithmetic, tiles)
-        terms = _smaller(terms, _out_terms(weights, value, exact, arithmetic))
-        lse_terms = _smaller(lse_terms, _lse_terms(weights, arithmetic))
+        exact = weights.weight @ value
+        terms = _out_terms(weights, value, exact, arithmetic)
+        lse_terms = _lse_terms(weights, arithmetic)
+        if alarm_lambda is not None:
+            arithmetic = Arithmetic(model, fmt, head_dim, alarm_lambda)
+            weights = weights_of(query, key, rows, scale, arithmetic, tiles)
+            terms = _smaller(terms, _out_terms(weights, value, exact, arithmetic))
+            lse_terms = _smaller(lse_terms, _lse_terms(weights, arithmetic))
 
     seen = np.broadcast_to(weights.way.splits > 0, shape)
     shown = {name: _finish(term, seen[..., None], unbounded) for name, term in terms.items()}
@@ -284,20 +304,3 @@ def _smaller(gate: dict[str, Float64Array], alarm: dict[str, Float64Array]) -> d
 def _finish(term: Float64Array, seen: BoolArray, unbounded: BoolArray | None) -> Float64Array:
     term = np.where(seen, term, 0.0)
     return term if unbounded is None else np.where(unbounded, np.nan, term)
-
-
-def _non_finite(
-    query: Float64Array, key: Float64Array, value: Float64Array, rows: BoolArray
-) -> tuple[BoolArray | None, BoolArray | None, tuple[Float64Array, Float64Array, Float64Array]]:
-    """Which results a non-finite input reaches, and the inputs with zeros in its place."""
-    inputs = (query, key, value)
-    if all(np.isfinite(x).all() for x in inputs):
-        return None, None, inputs
-    bad_query, bad_key, bad_value = (np.where(np.isfinite(x), 0.0, 1.0) for x in inputs)
-    sees = rows.astype(np.float64)
-    through_key = (sees @ bad_key.sum(axis=-1, keepdims=True))[..., 0]
-    through_query = bad_query.sum(axis=-1) * sees.sum(axis=-1)
-    scores = through_key + through_query > 0
-    out = scores[..., None] | (sees @ bad_value > 0)
-    query, key, value = (np.where(np.isfinite(x), x, 0.0) for x in inputs)
-    return out, scores, (query, key, value)

@@ -34,7 +34,7 @@ class Weights:
     total: Float64Array  # [num_kv_heads, rows] sum of 2**-gap
     deviation: Float64Array  # phi: bound on the relative error common to numerator and denominator
     shared: Float64Array  # the part of phi that is the same function for all keys, for the alarm
-    lse_deviation: Float64Array  # the same as phi, when a common factor counts too
+    lse_exponent: Float64Array  # log(1 + phi), when a common factor counts too; natural
     lse_reach: Float64Array  # [num_kv_heads, rows] how far the computed maximum may be off, in octaves
     way: Path
 
@@ -107,12 +107,11 @@ def weights_of(
     exponent = LN_2 * ((1 + u) * tau + u * (gap + (3 if model.contraction else 1) * tau_max)) + systematic
     deviation = expm1_bound(exponent)
     lse_exponent = exponent + (LN_2 * theta) * np.maximum(magnitude - gap, 0.0)
-    lse_deviation = expm1_bound(lse_exponent)
     reach = r.max(axis=-1) + theta * (np.abs(peak) + gap.max(axis=-1))
     shared = deviation
     if arithmetic.confidence is not None:
         shared = np.minimum(expm1_bound(LN_2 * theta * gap + systematic), deviation)
-    return Weights(visible, weight, gap, t, peak, total, deviation, shared, lse_deviation, reach, way)
+    return Weights(visible, weight, gap, t, peak, total, deviation, shared, lse_exponent, reach, way)
 
 
 def _step(arithmetic: Arithmetic) -> int:
