@@ -1,0 +1,1 @@
+"""Examples, and tests of the suite itself."""
