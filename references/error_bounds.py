@@ -84,7 +84,8 @@ def _centred(
     first, second = share @ value, share @ (value * value)
     size = np.abs(out)
     spread = second - 2 * out * first + out * out * mass
-    noise = 2.0**-46 * (second + 2 * size * np.abs(first) + out * out * mass)
+    # What float64 may have lost in the three sums and in their cancellation.
+    noise = (value.shape[-2] + 8) * 2.0**-52 * (second + 2 * size * np.abs(first) + out * out * mass)
     bound: Float64Array = np.sqrt(mass * (np.maximum(spread, 0.0) + noise))
     return bound
 
