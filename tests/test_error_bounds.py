@@ -158,13 +158,13 @@ def expected_terms(
         for name, x in now.items():
             terms[name].append(x)
 
-    growth = [exponent[j] + LN2 * theta * max(abs(t[j]) - gap[j], 0) for j in range(n)]
-    lse = {"logit": math.log(sum(w[j] * math.exp(growth[j]) for j in range(n))), "P": 0.0}
+    mean = sum(w[j] * math.exp(exponent[j]) for j in range(n))
+    lse = {"logit": LN2 * theta * abs(top) + math.log(mean), "P": 0.0}
     lse["sum"] = -math.log1p(-lam)
     lse["underflow"] = 2 * lost_sum
     error = sum(lse.values())
     lse["logarithm"] = model.log2_error * (LN2 + math.log(total) + error)
-    reach = max(r) + theta * (abs(top) + max(gap))
+    reach = max(tau) + theta * abs(top)
     level = LN2 * (abs(top) + reach) + math.log(total) + error + lse["logarithm"]
     lse["rounding"] = 4 * u * (1 + 4 * u) * level + floor
     lse["oracle"] = ORACLE_SHARE * sum(lse.values())

@@ -72,15 +72,17 @@ def test_new_tokens_go_behind_each_row_s_own_length() -> None:
     before = copy_of(cache)
     new = tokens(3, seed=1)
 
-    after = call(cache, new, new_lens=[3, 0]).cache
+    after = call(cache, new, new_lens=[3, 2]).cache
 
     assert after is not None
-    assert after.seq_lens == [4, 4]
+    assert after.seq_lens == [4, 6]
     assert np.array_equal(after.k_bits[0, :, 1:4], new[1][0])
     assert np.array_equal(after.v_bits[0, :, 1:4], new[2][0])
     assert np.array_equal(after.k_bits[0, :, :1], before[0][0, :, :1])
-    assert np.array_equal(after.k_bits[1], before[0][1])
-    assert after.written.sum(axis=1).tolist() == [4, 4]
+    assert np.array_equal(after.k_bits[1, :, 4:6], new[1][1, :, :2])
+    assert np.array_equal(after.v_bits[1, :, 4:6], new[2][1, :, :2])
+    assert np.array_equal(after.k_bits[1, :, :4], before[0][1, :, :4])
+    assert after.written.sum(axis=1).tolist() == [4, 6]
 
 
 def test_every_query_attends_to_the_cached_and_the_new_tokens_of_its_row() -> None:
