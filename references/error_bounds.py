@@ -97,8 +97,8 @@ def _out_terms(
     model, fmt, way = arithmetic.model, arithmetic.fmt, weights.way
     size = np.abs(out)
     magnitude = np.abs(value)
-    lifted = lifted_magnitude(value, fmt, arithmetic.fused)
-    same = not arithmetic.fused or bool(np.array_equal(lifted, magnitude))
+    lifted = lifted_magnitude(value, fmt, True) if arithmetic.fused else magnitude
+    same = lifted is magnitude or bool(np.array_equal(lifted, magnitude))
 
     deviation = weights.deviation
     p_error = p_rounding(weights, arithmetic)

@@ -42,7 +42,7 @@ class Weights:
 def lifted_magnitude(x: Float64Array, fmt: Format, fused: bool) -> Float64Array:
     """Magnitudes as a tensor core aligns them: subnormal numbers count as the smallest normal one."""
     magnitude = np.abs(x)
-    if not fused:
+    if not fused or magnitude.min(initial=np.inf) >= fmt.smallest_normal:
         return magnitude
     return np.where(magnitude > 0, np.maximum(magnitude, fmt.smallest_normal), 0.0)
 
