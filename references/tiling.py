@@ -50,7 +50,7 @@ class Path:
     """How many inexact operations a key's contribution can pass through; [..., rows] unless said otherwise.
 
     Attributes:
-        exps: [..., rows, kv_len] exponentials multiplied into the weight of a key: its own, one for every
+        exps: [..., rows, kv_len or 1] exponentials multiplied into the weight of a key: its own, one for each
             later tile of its split that may raise the running maximum, and those of the merge.
         tile_keys: most visible keys in one tile.
         split_keys: most visible keys in one split.
@@ -108,8 +108,16 @@ def path(
     keys = np.add.reduceat(visible.astype(np.int64), starts, axis=-1)  # [rows, tiles]
     steps = np.minimum(keys, -(-widths // fused_products))
 
-    upper = np.maximum.reduceat(np.where(visible, t + uncertainty, -np.inf), starts, axis=-1)
-    lower = np.maximum.reduceat(np.where(visible, t - uncertainty, -np.inf), starts, axis=-1)
+    if len(flat) == 1:
+        count, none = keys[..., 0], np.zeros(t.shape[:-1], dtype=np.int64)
+        seen = (count > 0).astype(np.int64)
+        own = np.ones((*t.shape[:-1], 1), dtype=np.int64)
+        return Path(own, count, count, seen, steps[..., 0], steps[..., 0], none, seen, none)
+
+    upper, lower = t + uncertainty, t - uncertainty
+    if not visible.all():
+        upper, lower = (np.where(visible, x, -np.inf) for x in (upper, lower))
+    upper, lower = (np.maximum.reduceat(x, starts, axis=-1) for x in (upper, lower))
     ends = np.cumsum([len(split) for split in tiles])
     spans = [slice(end - len(split), end) for split, end in zip(tiles, ends, strict=True) if split]
 

@@ -29,20 +29,20 @@ class Weights:
     visible: BoolArray  # [rows, kv_len]
     weight: Float64Array  # exact, 0 where hidden
     gap: Float64Array  # distance of the logit from the largest one, in octaves
-    t: Float64Array  # logit in base 2
     peak: Float64Array  # [num_kv_heads, rows] largest logit in base 2
     total: Float64Array  # [num_kv_heads, rows] sum of 2**-gap
+    exponent: Float64Array  # log(1 + phi)
     deviation: Float64Array  # phi: bound on the relative error common to numerator and denominator
     shared: Float64Array  # the part of phi that is the same function for all keys, for the alarm
-    lse_exponent: Float64Array  # log(1 + phi), when a common factor counts too; natural
-    lse_reach: Float64Array  # [num_kv_heads, rows] how far the computed maximum may be off, in octaves
+    shift: Float64Array  # [num_kv_heads, rows] error that all logits have in common, in octaves
+    reach: Float64Array  # [num_kv_heads, rows] how far the computed maximum may be off, in octaves
     way: Path
 
 
 def lifted_magnitude(x: Float64Array, fmt: Format, fused: bool) -> Float64Array:
     """Magnitudes as a tensor core aligns them: subnormal numbers count as the smallest normal one."""
     magnitude = np.abs(x)
-    if not fused:
+    if not fused or magnitude.min(initial=np.inf) >= fmt.smallest_normal:
         return magnitude
     return np.where(magnitude > 0, np.maximum(magnitude, fmt.smallest_normal), 0.0)
 
@@ -58,60 +58,62 @@ def weights_of(
     """Sections (1) to (3): scores, logits, exponentials."""
     model, u, fmt = arithmetic.model, arithmetic.u, arithmetic.fmt
     head_dim = arithmetic.head_dim
-    keys_t = key.swapaxes(-1, -2)
     c = abs(scale) * LOG2_E
-
-    t = (query @ keys_t) * (scale * LOG2_E)
-    magnitude = np.abs(t)
-    key_size = lifted_magnitude(key, fmt, arithmetic.fused)
-    spread = lifted_magnitude(query, fmt, arithmetic.fused) @ key_size.swapaxes(-1, -2)
+    everything = bool(visible.all())
 
     # (1) |z_hat - z| <= g a + eta, and (2) t_hat = (1 + theta) t + rho with |rho| <= r.
     g = arithmetic.score()
     score_floor = (1 + g) * 2 * head_dim * arithmetic.floor
-    subnormal_constant = 0.0
+    theta = model.scale_error
     if 0 < c < 2 * model.work.smallest_normal:
-        subnormal_constant = 2 * arithmetic.floor / c
-    theta = model.scale_error + subnormal_constant
+        theta += 2 * arithmetic.floor / c
+    t = (query * (scale * LOG2_E)) @ key.swapaxes(-1, -2)
+    magnitude = np.abs(t)
+    key_size = lifted_magnitude(key, fmt, arithmetic.fused)
+    query_size = lifted_magnitude(query, fmt, arithmetic.fused)
     if model.scale_into_query:
+        r = (query_size * (c * (1 + theta) * g)) @ key_size.swapaxes(-1, -2)
         query_floor = fmt.underflow_error() + 2 * arithmetic.floor
-        r = (c * (1 + theta) * g) * spread + score_floor
-        r += (1 + g) * query_floor * key_size.sum(axis=-1)[:, None, :]
+        r += (1 + g) * query_floor * key_size.sum(axis=-1)[:, None, :] + score_floor
     else:
         factor = c * (1 + theta) * (1 + u)
-        r = (factor * g) * spread + (u * (1 + theta)) * magnitude
+        r = (query_size * (factor * g)) @ key_size.swapaxes(-1, -2)
+        r += magnitude * (u * (1 + theta))
         r += factor * score_floor + arithmetic.floor
 
-    seen_t = t if visible.all() else np.where(visible, t, -np.inf)
+    seen_t = t if everything else np.where(visible, t, -np.inf)
     peak = seen_t.max(axis=-1)
     seen = peak > -np.inf
     peak = np.where(seen, peak, 0.0)
+    gap = peak[..., None] - t
+    if not everything:
+        gap *= visible
+        r *= visible
     weight = np.exp2(seen_t - peak[..., None])
-    gap = np.maximum(peak[..., None] - t, 0.0)
-    gap *= visible
     total = np.where(seen, weight.sum(axis=-1), 1.0)
     weight /= total[..., None]
-
-    way = path(
-        t, r / (1 - theta) if theta < 0.5 else np.full_like(r, np.inf), visible, tiles, _step(arithmetic)
-    )
+    # A constant that may have been flushed says nothing about the order of the logits.
+    uncertainty = r / (1 - theta) if theta < 0.5 else np.full_like(r, 1e300)
+    way = path(t, uncertainty, visible, tiles, _step(arithmetic))
 
     # (3) A factor common to all logits acts through the gap only; differences telescope.
-    r *= visible
-    tau = r + theta * gap
-    tau_max = tau.max(axis=-1, initial=0.0)[..., None]
-    exp_error = -math.log1p(-model.exp2_error)
-    systematic = exp_error * way.exps
+    tau = theta * gap
+    tau += r
+    tau_max = tau.max(axis=-1)[..., None]
+    systematic = -math.log1p(-model.exp2_error) * way.exps
     if model.merge == "lse":
         systematic = systematic + _stored_lse(gap, magnitude, peak, tau_max, arithmetic, way)
-    exponent = LN_2 * ((1 + u) * tau + u * (gap + (3 if model.contraction else 1) * tau_max)) + systematic
+    exponent = gap * (LN_2 * u)
+    exponent += tau * (LN_2 * (1 + u))
+    exponent += (LN_2 * u * (3 if model.contraction else 1)) * tau_max
+    exponent += systematic
     deviation = expm1_bound(exponent)
-    lse_exponent = exponent + (LN_2 * theta) * np.maximum(magnitude - gap, 0.0)
-    reach = r.max(axis=-1) + theta * (np.abs(peak) + gap.max(axis=-1))
+    shift = theta * np.abs(peak)
+    reach = shift + tau_max[..., 0]
     shared = deviation
     if arithmetic.confidence is not None:
         shared = np.minimum(expm1_bound(LN_2 * theta * gap + systematic), deviation)
-    return Weights(visible, weight, gap, t, peak, total, deviation, shared, lse_exponent, reach, way)
+    return Weights(visible, weight, gap, peak, total, exponent, deviation, shared, shift, reach, way)
 
 
 def _step(arithmetic: Arithmetic) -> int:
