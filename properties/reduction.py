@@ -129,9 +129,13 @@ def _changes(case: Case) -> Iterator[Callable[[], Case]]:
 
 
 def _smaller(value: int, least: int = 0) -> Iterator[int]:
-    for candidate in (least, least + 1, value // 2, value - 1):
-        if least <= candidate < value:
-            yield candidate
+    """The least value, then ever smaller steps down: a threshold is found in a logarithmic number of failures."""
+    if value > least:
+        yield least
+    step = (value - least) // 2
+    while step:
+        yield value - step
+        step //= 2
 
 
 def _with_row(case: Case, b: int, **changes: Any) -> Case:

@@ -58,7 +58,7 @@ def cases(
     limits = chosen_size(size)
     op = choose(draw, "op", (ops[0],) * (6 - len(ops)) + tuple(ops[1:])) if len(ops) > 1 else ops[0]
     plain = op == "attention"
-    steps = draw_steps(draw, 1 if plain else min(limits.max_steps, max_steps or limits.max_steps))
+    steps = draw_steps(draw, min(limits.max_steps, max_steps or limits.max_steps))
     drafts = draw_rows(draw, limits)
     if rarely(draw, "no rows", 30):
         drafts = []
@@ -72,9 +72,10 @@ def cases(
     tile, split = block_n or 16, kv_split_size or 64
     cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
     rows = rows_from(drafts, exchanges, len(steps), cached, new)
+    keys_include_queries = not rarely(draw, "keys beside the queries'", 4)
     if plain:
         steps = (Step(),)
-        rows = tuple(Row(rows[0].cached, rows[0].new, row.uid) for row in rows)
+        rows = tuple(_attention_row(rows[0], row.uid, keys_include_queries) for row in rows)
     elif nothing_cached:
         rows = tuple(replace(row, cached=0) for row in rows)
 
@@ -92,6 +93,12 @@ def cases(
     if non_finite and schedule.rows:
         fields |= {"patches": _patches(draw, fields)}
     return Case(**fields)
+
+
+def _attention_row(first: Row, uid: int, keys_include_queries: bool) -> Row:
+    """A row of op "attention": the last call of a cache of the same lengths, unless it has fewer keys."""
+    q_len = first.new[0]
+    return Row(first.cached + q_len if keys_include_queries else first.cached, (q_len,), uid)
 
 
 class _Schedule:

@@ -7,9 +7,10 @@ something, and one off.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 from properties.case import Row, Step
-from properties.strategies.choices import Draw, choose, rarely
+from properties.strategies.choices import Draw, choose
 from properties.strategies.sizes import Size
 
 # One token or none first, then where tails end and begin, then the inside of a tile.
@@ -65,15 +66,15 @@ class Exchange:
 
 
 def draw_rows(draw: Draw, limits: Size) -> list[RowDraft]:
-    """At least one row; five choices each, the first of which ends the list."""
+    """At least one row; five choices each, and one more that ends the list, however long it is."""
     drafts: list[RowDraft] = []
     stops = (None,) * (8 if limits.max_rows < 8 else 1)
     blocks = tuple(range(limits.max_blocks + 1))
-    while len(drafts) < limits.max_rows:
+    while True:
         b = len(drafts)
         uid = choose(draw, f"rows[{b}].uid", (*stops, *_UIDS))
-        if uid is None and drafts:
-            break
+        if (uid is None and drafts) or b == limits.max_rows:
+            return drafts
         first = choose(draw, f"rows[{b}].first blocks", (0, *blocks))
         first_offset = choose(draw, f"rows[{b}].first offset", _NEW_OFFSETS)
         if first == 0 and first_offset < 0:
@@ -81,21 +82,19 @@ def draw_rows(draw: Draw, limits: Size) -> list[RowDraft]:
         cached = choose(draw, f"rows[{b}].cached blocks", (*blocks, *(-n for n in blocks[1:])))
         cached_offset = choose(draw, f"rows[{b}].cached offset", _CACHED_OFFSETS)
         drafts.append(RowDraft(uid or 0, (first, first_offset), (cached, cached_offset)))
-    return drafts
 
 
 def draw_steps(draw: Draw, most: int) -> tuple[Step, ...]:
-    """At least one step; three choices each, the first of which ends the list."""
+    """At least one step; three choices each, and one more that ends the list, however long it is."""
     drafts: list[StepDraft] = []
-    while len(drafts) < most:
+    while True:
         s = len(drafts)
         kind = choose(draw, f"steps[{s}].kind", (None,) * 3 + _KINDS)
-        if kind is None and drafts:
-            break
+        if (kind is None and drafts) or s == most:
+            return _steps_from(drafts)
         amount = choose(draw, f"steps[{s}].amount", (1, 2, 3, 16, 17))
         padding = choose(draw, f"steps[{s}].padding", (0, 0, 0, 1, 2, 15))
         drafts.append(StepDraft(kind or "append", amount, padding))
-    return _steps_from(drafts)
 
 
 def _steps_from(drafts: list[StepDraft]) -> tuple[Step, ...]:
@@ -114,17 +113,17 @@ def _steps_from(drafts: list[StepDraft]) -> tuple[Step, ...]:
 
 
 def draw_exchanges(draw: Draw, num_rows: int, num_steps: int) -> list[Exchange]:
-    """Lengths of later steps that are not one token; three choices each, the first of which ends the list."""
+    """Lengths of later steps that are not one token; three choices each, and one more that ends the list."""
     exchanges: list[Exchange] = []
-    while num_steps > 1 and len(exchanges) < 8:
-        e = len(exchanges)
+    for e in count():
         which = choose(draw, f"exchanges[{e}].row", (-2, -2, -1, *range(4)))
-        if which == -2:
+        if which == -2 or e == 8:
             break
         step = choose(draw, f"exchanges[{e}].step", tuple(range(5)))
         length = choose(draw, f"exchanges[{e}].length", _LATER_LENGTHS)
         row = None if which < 0 or not num_rows else which % num_rows
-        exchanges.append(Exchange(row, 1 + step % (num_steps - 1), length))
+        if num_steps > 1:
+            exchanges.append(Exchange(row, 1 + step % (num_steps - 1), length))
     return exchanges
 
 
@@ -140,8 +139,3 @@ def rows_from(
                 lengths[exchange.step] = new.length(*exchange.length)
         rows.append(Row(cached.length(*draft.cached), tuple(lengths), draft.uid))
     return tuple(rows)
-
-
-def draw_without_cache(draw: Draw) -> bool:
-    """Whether every row starts empty."""
-    return rarely(draw, "nothing cached", 4)
