@@ -26,6 +26,19 @@ class WorkerError(RuntimeError):
     """A worker cannot start: bad device, subject or law. One line for the user."""
 
 
+def _context() -> Any:
+    """How processes are started: from a server that has imported torch and has neither threads nor CUDA.
+
+    Forking this process, which may have both, is never safe; a fresh interpreter for each restart would spend two
+    seconds on imports, and reducing a crash takes a dozen restarts.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "hypothesis", "properties.exploring"])
+    return context
+
+
 @dataclass(frozen=True)
 class Death:
     """A worker died or had to be killed in the middle of a case.
@@ -59,7 +72,7 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process would share CUDA and threads
+        context = _context()
         ours, theirs = context.Pipe()
         self.connection: Connection = ours
         self.process: BaseProcess = context.Process(target=main, args=(theirs, self._setup), daemon=True)

@@ -36,8 +36,10 @@ SECONDS_AFTER_FAILURE = 3.0
 SHRINK_AFTER_FAILURE = 3.0
 SIBLING_SECONDS = 8.0
 CRASH_REDUCTION_SECONDS = 25.0
-# While a hang is being reduced, a case that runs this long counts as one; the final case gets the full limit.
-QUICK_HANG_SECONDS = 3.0
+# While a hang is being reduced, a case counts as one after ten times what the others took, at least this long (and
+# this long while none has come back); the final case gets the full limit.
+SHORTEST_HANG_SECONDS = 1.0
+FIRST_HANG_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -310,14 +312,25 @@ class Verification:
     def _reduce_death(self, worker: Worker, death: Death) -> tuple[Case, str]:
         """The smallest case that still kills or hangs a worker; each trial that does costs a restart."""
         assert death.case is not None
-        quick = QUICK_HANG_SECONDS if death.kind == "hang" else self.options.case_seconds
+        longest = 0.0  # that a case took which came back
 
         def dies(case: Case, seconds: float) -> Death | None:
+            nonlocal longest
+            began = time.monotonic()
             answer = self._ask(worker, Check(death.law, case), seconds)
-            return answer if isinstance(answer, Death) and answer.kind == death.kind else None
+            if isinstance(answer, Death):
+                worker.ready()
+                return answer if answer.kind == death.kind else None
+            longest = max(longest, time.monotonic() - began)
+            return None
 
-        deadline = time.monotonic() + CRASH_REDUCTION_SECONDS
-        small = reduction.reduce(death.case, lambda case: dies(case, quick) is not None, deadline)
+        def fails(case: Case) -> bool:
+            if death.kind == "crash":
+                return dies(case, self.options.case_seconds) is not None
+            patience = 10 * longest if longest else FIRST_HANG_SECONDS
+            return dies(case, min(max(patience, SHORTEST_HANG_SECONDS), self.options.case_seconds)) is not None
+
+        small = reduction.reduce(death.case, fails, time.monotonic() + CRASH_REDUCTION_SECONDS)
         confirmed = dies(small, self.options.case_seconds)
         if confirmed is not None:
             return small, confirmed.how
