@@ -24,10 +24,11 @@ class ArithmeticModel:
         name: how reports call it.
         provenance: where the numbers come from, and whether they were measured.
         work_format: format of everything that is not an input, P, a partial or the output.
-        accumulator: how 16-bit dot products are summed. "ieee": one rounding to nearest an addition, in any
-            order. "fused": a tensor core adds ``fused_products`` products and its accumulator at once: all are
-            aligned to the largest exponent, cut after ``fused_fraction_bits`` fractional bits, summed exactly
-            and truncated to the work format. Dot products of float32 inputs are always "ieee".
+        accumulator: how 16-bit dot products are summed. "ieee": one rounding to nearest an addition, in
+            any order. "fused": a tensor core adds ``fused_products`` products and its accumulator at once:
+            all are aligned to the largest exponent, cut after ``fused_fraction_bits`` fractional bits,
+            summed exactly and truncated to the work format. Float32 operands are summed the "ieee" way,
+            unless they are cut to tfloat32.
         fused_products: K, products of one fused step.
         fused_fraction_bits: F.
         carried: whether the accumulator of the P.V product goes through the dot product of the next tile
@@ -100,13 +101,13 @@ class ArithmeticModel:
         return as_format(self.p_format or fmt)
 
     def fused_step_error(self) -> float:
-        """Error of one fused step relative to the largest magnitude it adds up to.
+        """Error of one fused step relative to the sum of the magnitudes it adds up.
 
-        K products and the accumulator each lose less than ``2**-F`` of the largest term, and the truncation
-        of the sum to the work format loses less than one unit in its last place.
+        K products and the accumulator each lose less than ``2**-F`` of the largest of them, and truncating
+        their sum to the work format loses less than one unit in its last place.
         """
-        truncation = self.work.unit_roundoff("toward_zero")
-        return (self.fused_products + 1) * 2.0**-self.fused_fraction_bits + truncation
+        alignment = (self.fused_products + 1) * 2.0**-self.fused_fraction_bits
+        return (1 + alignment) * (1 + self.work.unit_roundoff("toward_zero")) - 1
 
     def to_json(self) -> str:
         """One JSON object, floats exact in hexadecimal."""
@@ -121,10 +122,8 @@ class ArithmeticModel:
             raise ValueError(f"an arithmetic model must be a JSON object, got {type(stored).__name__}")
         fields = {f.name: f for f in dataclasses.fields(ArithmeticModel)}
         if stored.keys() != fields.keys():
-            raise ValueError(
-                f"an arithmetic model must have the fields {sorted(fields)}, got {sorted(stored)}"
-            )
-        values = {}
+            raise ValueError(f"an arithmetic model must have the fields {sorted(fields)}, got {sorted(stored)}")
+        values: dict[str, Any] = {}
         for name, value in stored.items():
             # The declared types are strings, because annotations are not evaluated in this module.
             kind = _TYPES.get(str(fields[name].type), str)
@@ -205,8 +204,8 @@ PERMISSIVE = dataclasses.replace(
     _NVIDIA,
     name="permissive",
     provenance=(
-        "For a kernel whose insides are unknown: Volta's accumulator (Fasi et al. 2021), the least accurate of "
-        "its class; P truncated; splits merged through stored log-sum-exps; exp2 by a short polynomial."
+        "For a kernel whose insides are unknown: Volta's accumulator (Fasi et al. 2021), the least accurate "
+        "of its class; P truncated; splits merged through stored log-sum-exps; exp2 by a short polynomial."
     ),
     fused_products=4,
     fused_fraction_bits=23,

@@ -53,7 +53,7 @@ def attention(
 
     Returns:
         out: [num_q_heads, q_len, head_dim]; zeros where a query sees no key.
-        lse: [num_q_heads, q_len], log of the sum of exp of the logits, natural; -inf where a query sees no key.
+        lse: [num_q_heads, q_len], natural log of the sum of exp of the logits; -inf where it sees no key.
 
     Raises:
         ValueError: num_q_heads is not a multiple of num_kv_heads.

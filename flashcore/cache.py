@@ -1,0 +1,118 @@
+"""The KV cache: two buffers, the lengths of their rows, and what the host knows about them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashcore.errors import CacheOverflowError
+from flashcore.fast import buffers
+
+
+class KVCache(tuple[Tensor, Tensor]):
+    """Key and value buffers with the number of valid slots of each row.
+
+    A two-element tuple ``(k_cache, v_cache)``, so that it unpacks like one. A call of
+    ``attention_with_kv_cache`` appends in place and returns a new ``KVCache`` over the same buffers;
+    the one passed in keeps its own lengths and stays valid for them (fork, retry, roll-back).
+
+    Attributes:
+        seq_lens: [batch] int32 on the device of the buffers: valid slots of each row.
+        max_len: host-side upper bound of the longest row, or None when only the device knows (after a call
+            recorded in a CUDA graph). It lets a call check capacity without synchronising.
+        fault: [2] int32 on the host, written by kernels: what ``check`` raises.
+    """
+
+    seq_lens: Tensor
+    max_len: int | None
+    fault: Tensor
+    _arrivals: Tensor | None
+
+    def __new__(
+        cls,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        *,
+        max_len: int | None = None,
+        like: KVCache | None = None,
+    ) -> KVCache:
+        """Wrap buffers [batch, num_kv_heads, capacity, head_dim] whose first ``seq_lens`` slots are valid.
+
+        Args:
+            k_cache: keys.
+            v_cache: values, same shape.
+            seq_lens: [batch] int32.
+            max_len: an upper bound of ``seq_lens``; None to let the first call read it from the device.
+            like: an earlier cache of the same rows, whose fault flag and counters continue.
+        """
+        self = super().__new__(cls, (k_cache, v_cache))
+        self.seq_lens = seq_lens
+        self.max_len = max_len
+        self.fault = _new_fault(k_cache.device) if like is None else like.fault
+        self._arrivals = None if like is None else like._arrivals
+        return self
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> KVCache:
+        """An empty cache of ``capacity`` slots a row; the slots are uninitialised and never read before written."""
+        device = torch.device(device)
+        shape = (batch, num_kv_heads, capacity, head_dim)
+        k_cache, v_cache = buffers.empty(shape, dtype, device), buffers.empty(shape, dtype, device)
+        return cls(k_cache, v_cache, torch.zeros(batch, dtype=torch.int32, device=device), max_len=0)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return int(self[0].shape[2])
+
+    def arrival_counters(self, count: int) -> Tensor:
+        """At least ``count`` int32 counters for the split-KV kernel, zero before and after every launch."""
+        if self._arrivals is None or self._arrivals.numel() < count:
+            counters = torch.zeros(count, dtype=torch.int32, device=self[0].device)
+            if counters.is_cuda and torch.cuda.is_current_stream_capturing():
+                return counters  # zeroed by the graph at each replay, not yet now
+            self._arrivals = counters
+        return self._arrivals
+
+    def check(self) -> None:
+        """Wait for the device and raise what it found that the host could not check beforehand.
+
+        Raises:
+            CacheOverflowError: a row of a call recorded in a CUDA graph did not fit; it was not written and
+                its length did not change.
+            ValueError: a length read on the device was out of range.
+        """
+        if self[0].is_cuda:
+            torch.cuda.synchronize(self[0].device)
+        self.raise_known_faults()
+
+    def raise_known_faults(self) -> None:
+        """Raise what the device has reported so far; does not wait for it."""
+        overflow, bad_length = self.fault.tolist()
+        if overflow:
+            self.fault.zero_()
+            raise CacheOverflowError(
+                f"row {overflow - 1} of the cache was full in a call that could not be checked beforehand: its new "
+                f"tokens were not stored (capacity {self.capacity}); allocate a larger cache and repeat from the "
+                "last good state"
+            )
+        if bad_length:
+            self.fault.zero_()
+            raise ValueError(
+                f"seq_lens[{bad_length - 1}] or new_lens[{bad_length - 1}] must lie inside the cache and q_len in a "
+                "call whose lengths could not be checked beforehand, got a value out of range; the row was not stored"
+            )
+
+
+def _new_fault(device: torch.device) -> Tensor:
+    # Pinned host memory: a kernel writes it only when something is wrong, the host reads it without synchronising.
+    return torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")

@@ -1,0 +1,1 @@
+"""Triton kernels and the jit primitives they are assembled from; nothing else lives here."""

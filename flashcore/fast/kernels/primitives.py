@@ -1,0 +1,320 @@
+"""Tile-level building blocks shared by the prefill and the split-KV kernel.
+
+Vocabulary: a *row* of a tile is one (query, head) pair. The heads of one group share a kv head, so the
+rows of a tile are packed as ``row = query * group_size + head_in_group``: the tile reads each key once
+for all heads of the group. A *segment* is a run of keys in one buffer: the cached slots, or the new tokens.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def known_multiple_of_8(x):
+    """``x``, in a form that tells the compiler what the host has checked: so it vectorises loads that step by it."""
+    return x // 8 * 8
+
+
+@triton.jit
+def known_multiples_of_8(x, y, z):
+    """``known_multiple_of_8`` of three strides."""
+    return known_multiple_of_8(x), known_multiple_of_8(y), known_multiple_of_8(z)
+
+
+@triton.jit
+def load_tile(
+    ptr, offs_n, offs_d, stride_n, stop, head_dim,
+    MASK_N: tl.constexpr, MASK_D: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
+    """Load rows ``offs_n`` of a [*, head_dim] matrix; rows at or past ``stop`` and padding columns are 0.
+
+    The masks are part of the contract, not an optimisation: what they hide is never read, so that
+    NaN in an unwritten slot cannot reach a product (0 * NaN is NaN). STREAMED: each row is read once, by one program.
+
+    Returns [len(offs_n), len(offs_d)] in the dtype of ``ptr``.
+    """
+    EVICTION: tl.constexpr = "evict_first" if STREAMED else ""
+    ptrs = ptr + offs_n[:, None] * stride_n + offs_d[None, :]
+    if MASK_N and MASK_D:
+        tile = tl.load(ptrs, mask=(offs_n < stop)[:, None] & (offs_d < head_dim)[None, :], other=0.0,
+                       eviction_policy=EVICTION)  # fmt: skip
+    elif MASK_N:
+        tile = tl.load(ptrs, mask=(offs_n < stop)[:, None], other=0.0, eviction_policy=EVICTION)
+    elif MASK_D:
+        tile = tl.load(ptrs, mask=(offs_d < head_dim)[None, :], other=0.0, eviction_policy=EVICTION)
+    else:
+        tile = tl.load(ptrs, eviction_policy=EVICTION)
+    return tile
+
+
+@triton.jit
+def online_softmax_update(acc, m_i, l_i, logits, v):
+    """Fold one tile of keys into the running softmax state.
+
+    acc     [BLOCK_M, BLOCK_D]  float32
+    m_i     [BLOCK_M]           float32
+    l_i     [BLOCK_M]           float32
+    logits  [BLOCK_M, BLOCK_N]  float32, base 2, -inf where a key is hidden
+    v       [BLOCK_N, BLOCK_D]  input dtype
+
+    Invariant, before and after, over the keys folded so far:
+        m_i = max_j logits[i, j]
+        l_i = sum_j 2 ** (logits[i, j] - m_i)
+        acc = sum_j 2 ** (logits[i, j] - m_i) * v[j]
+    """
+    m_new = tl.maximum(m_i, tl.max(logits, axis=1))
+    # While a row has seen no key, m_new is -inf, and (-inf) - (-inf) is NaN.
+    m_base = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_base)  # [BLOCK_M]; 0 on the first visible tile
+    p = tl.exp2(logits - m_base[:, None])  # [BLOCK_M, BLOCK_N]
+    l_i = l_i * alpha + tl.sum(p, axis=1)
+    # P is rounded to the input dtype for the tensor cores; see docs/numerics.md.
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l_i
+
+
+@triton.jit
+def contain_nonfinite_values(acc, v, offs_n, row_limit):
+    """Keep a NaN or Inf value from the rows that do not see its key.
+
+    Hidden keys have weight 0, but 0 * NaN is NaN: in a tile where some rows see a key and others do
+    not, the product P.V would carry a non-finite value to all of them. Its elements are replaced by 0 and
+    the rows that do see them get NaN directly: those whose limit lies past the first such key.
+
+    acc        [BLOCK_M, BLOCK_D]  float32
+    v          [BLOCK_N, BLOCK_D]  input dtype
+    offs_n     [BLOCK_N]           position of each key in the segment
+    row_limit  [BLOCK_M]           row i sees keys below row_limit[i]
+
+    Returns acc and v; v has finite elements only.
+    """
+    finite = tl.abs(v.to(tl.float32)) < float("inf")  # false for NaN
+    never: tl.constexpr = 2147483647
+    first_nonfinite = tl.min(tl.where(finite, never, offs_n[:, None]), axis=0)  # [BLOCK_D]
+    acc = tl.where(row_limit[:, None] > first_nonfinite[None, :], float("nan"), acc)
+    return acc, tl.where(finite, v, 0.0)
+
+
+@triton.jit
+def attend_tile(
+    acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
+    stride_kn, stride_vn,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_N: tl.constexpr, MASK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, WIDE: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
+    """Fold keys ``[start_n, start_n + BLOCK_N)`` of a segment into the running state.
+
+    With MASK_N, row ``i`` sees the keys below ``row_limit[i]`` and none at or past ``stop`` is read.
+    CAUSAL says that rows of the tile may see different keys; WIDE that an offset inside one tile can pass 2**31.
+    """
+    # int64: slot x stride passes 2**31 in a [batch, slots, heads, dim] cache of 2**18 slots x 64 heads x 128.
+    k_tile_ptr = k_ptr + tl.cast(start_n, tl.int64) * stride_kn
+    v_tile_ptr = v_ptr + tl.cast(start_n, tl.int64) * stride_vn
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    if WIDE:
+        offs_n = offs_n.to(tl.int64)
+    k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
+    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
+    if MASK_N:
+        visible = (start_n + offs_n)[None, :] < row_limit[:, None]
+        logits = tl.where(visible, logits, -float("inf"))
+        if CAUSAL:
+            acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)
+    return online_softmax_update(acc, m_i, l_i, logits, v)
+
+
+@triton.jit
+def attend_new_tile(
+    acc, m_i, l_i, q, k, v, row_limit, qk_scale,
+    BLOCK_NEW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Fold the new tokens, all in one tile, k and v [BLOCK_NEW, BLOCK_D]: row ``i`` sees those below row_limit[i]."""
+    offs_n = tl.arange(0, BLOCK_NEW)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_NEW]
+    logits = tl.where(offs_n[None, :] < row_limit[:, None], logits, -float("inf"))
+    if CAUSAL:
+        acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)
+    return online_softmax_update(acc, m_i, l_i, logits, v)
+
+
+@triton.jit
+def attend_segment(
+    acc, m_i, l_i, q, k_ptr, v_ptr, start, stop, common_limit, row_limit, qk_scale, head_dim,
+    stride_kn, stride_vn,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Fold keys ``[start, stop)`` of one segment into the running state.
+
+    common_limit  scalar      keys below it are seen by every row of the tile
+    row_limit     [BLOCK_M]   row i sees keys below row_limit[i]
+
+    Tiles that every row sees whole run without masks; the rest (the partial tile at ``stop`` and, with
+    CAUSAL, the tiles on the diagonal) run with them.
+    """
+    full_stop = start + tl.maximum(tl.minimum(stop, common_limit) - start, 0) // BLOCK_N * BLOCK_N
+    for start_n in range(start, full_stop, BLOCK_N):
+        acc, m_i, l_i = attend_tile(
+            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
+            stride_kn, stride_vn, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE, False,
+        )  # fmt: skip
+    for start_n in range(full_stop, stop, BLOCK_N):
+        acc, m_i, l_i = attend_tile(
+            acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
+            stride_kn, stride_vn, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE, False,
+        )  # fmt: skip
+    return acc, m_i, l_i
+
+
+@triton.jit
+def store_tokens(k_cache_ptr, v_cache_ptr, first_slot, k, v, stop, head_dim, stride_kcn, stride_vcn,
+                 BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Store the new tokens below ``stop`` of one tile, bit for bit, at slots ``first_slot + token``."""
+    offs_n = tl.arange(0, BLOCK_NEW)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_n < stop)[:, None] & (offs_d < head_dim)
+    slot = (first_slot + offs_n).to(tl.int64)[:, None]
+    tl.store(k_cache_ptr + slot * stride_kcn + offs_d, k, mask=mask)
+    tl.store(v_cache_ptr + slot * stride_vcn + offs_d, v, mask=mask)
+
+
+@triton.jit
+def append_tokens(
+    k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, first_slot, start, stop, head_dim,
+    stride_kcn, stride_kcd, stride_vcn, stride_vcd, stride_knn, stride_knd, stride_vnn, stride_vnd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Copy new tokens ``[start, stop)`` bit for bit to slots ``first_slot + token``.
+
+    Pointers are at the (batch row, kv head). Attention reads new tokens from their own argument and
+    cached ones below ``first_slot``, so no program reads what another writes here.
+    """
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_head = (offs_d < head_dim)[None, :]
+    for token in range(start, stop, BLOCK_N):
+        offs_n = token + tl.arange(0, BLOCK_N)
+        mask = (offs_n < stop)[:, None] & in_head
+        source = offs_n.to(tl.int64)[:, None]
+        slot = (first_slot + offs_n).to(tl.int64)[:, None]
+        k = tl.load(k_new_ptr + source * stride_knn + offs_d[None, :] * stride_knd, mask=mask)
+        v = tl.load(v_new_ptr + source * stride_vnn + offs_d[None, :] * stride_vnd, mask=mask)
+        tl.store(k_cache_ptr + slot * stride_kcn + offs_d[None, :] * stride_kcd, k, mask=mask)
+        tl.store(v_cache_ptr + slot * stride_vcn + offs_d[None, :] * stride_vcd, v, mask=mask)
+
+
+@triton.jit
+def finish(acc, m_i, l_i, row_sees_keys):
+    """Divide by the sum of weights: output [BLOCK_M, BLOCK_D] and natural-log LSE [BLOCK_M], both float32.
+
+    A row that sees no key gives 0 and -inf.
+    """
+    ln_2: tl.constexpr = 0.6931471805599453
+    # Rows without keys have acc = l_i = 0, and 0 / 0 is NaN.
+    out = tl.where(row_sees_keys[:, None], acc / tl.where(row_sees_keys, l_i, 1.0)[:, None], 0.0)
+    lse = tl.where(row_sees_keys, (m_i + tl.log2(l_i)) * ln_2, -float("inf"))
+    return out, lse
+
+
+@triton.jit
+def merge_partial(acc, m_i, l_i, acc_s, m_s, l_s):
+    """Fold the state of one split, [BLOCK_M, BLOCK_D] and [BLOCK_M] float32, into the running one.
+
+    Both are unnormalised and in base 2, so only differences of maxima enter: the merge is as exact for logits
+    of 1e4 as for logits of 1. An empty split (m_s = -inf, l_s = 0, acc_s = 0) changes nothing.
+    """
+    m_new = tl.maximum(m_i, m_s)
+    m_base = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_base)
+    beta = tl.exp2(m_s - m_base)
+    return acc * alpha[:, None] + acc_s * beta[:, None], m_new, l_i * alpha + l_s * beta
+
+
+@triton.jit
+def row_lengths(
+    b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys,
+    HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr,
+):  # fmt: skip
+    """Lengths of batch row ``b``: cached keys, new keys, real queries (clamped), and whether they were in range.
+
+    Without ``seq_lens`` every row has ``max_cached`` cached keys, without ``new_lens`` ``q_len`` real queries and
+    ``num_new_keys`` new keys. Lengths are validated on the host where that costs no synchronisation; the clamp
+    keeps what is read from the device from ever addressing memory outside the tensors.
+    """
+    cached = max_cached
+    num_queries = q_len
+    num_keys = num_new_keys
+    lengths_ok = max_cached >= 0
+    if HAS_SEQ_LENS:
+        given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq).to(tl.int32)
+        cached = tl.minimum(tl.maximum(given, 0), max_cached)
+        lengths_ok = lengths_ok & (cached == given)
+    if HAS_NEW_LENS:
+        given = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new).to(tl.int32)
+        num_queries = tl.minimum(tl.maximum(given, 0), q_len)
+        num_keys = num_queries
+        lengths_ok = lengths_ok & (num_queries == given)
+    return cached, num_keys, num_queries, lengths_ok
+
+
+@triton.jit
+def tile_rows(
+    tile,
+    num_queries,
+    num_new_keys,
+    causal_offset,
+    q_len,
+    group_size,
+    BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Which query and head each row of a tile is, and how many new keys it sees.
+
+    Query ``i`` sees new keys ``j <= i + causal_offset`` with CAUSAL, all of them without. Queries at or past
+    ``num_queries`` are padding: they are neither read nor see anything.
+
+    Returns query [BLOCK_M], head in group [BLOCK_M], in_tile [BLOCK_M] (a row of the output),
+    real [BLOCK_M] (a row with a real query), row_limit [BLOCK_M], common_limit and stop (scalars).
+    """
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = rows // group_size
+    head = rows % group_size
+    in_tile = query < q_len
+    real = query < num_queries
+    first = tile * BLOCK_M // group_size
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
+    if CAUSAL:
+        row_limit = tl.minimum(tl.maximum(query + causal_offset + 1, 0), num_new_keys)
+        common_limit = tl.minimum(tl.maximum(first + causal_offset + 1, 0), num_new_keys)
+        stop = tl.minimum(tl.maximum(last + causal_offset + 1, 0), num_new_keys)
+    else:
+        row_limit = tl.zeros([BLOCK_M], tl.int32) + num_new_keys
+        common_limit = num_new_keys
+        stop = num_new_keys
+    return query, head, in_tile, real, tl.where(real, row_limit, 0), common_limit, stop
+
+
+@triton.jit
+def split_range(s, cached, kv_split_size, max_splits, BLOCK_N: tl.constexpr):
+    """Number of splits of a row with ``cached`` slots, and the slots ``[start, stop)`` of split ``s``.
+
+    ``flashcore.fast.tuning.split_size`` is the same arithmetic on the host: ranges of ``kv_split_size`` slots, longer
+    ones (in whole tiles) for a row that would need more than ``max_splits`` of them.
+    """
+    size = tl.maximum(kv_split_size, tl.cdiv(tl.cdiv(cached, max_splits), BLOCK_N) * BLOCK_N)
+    start = s * size
+    return tl.maximum(tl.cdiv(cached, size), 1), start, tl.minimum(start + size, cached)
+
+
+@triton.jit
+def report_fault(fault_ptr, b, lengths_ok, fits):
+    """Record in ``fault`` [2] int32, as ``row + 1``, a row that does not fit and a row whose lengths are out of range.
+
+    Only calls that could not be checked on the host (recorded in a CUDA graph, lengths on the device) come here
+    with something to report. See ``KVCache.check``.
+    """
+    if lengths_ok:
+        if fits == 0:
+            tl.store(fault_ptr, b + 1)
+    else:
+        tl.store(fault_ptr + 1, b + 1)

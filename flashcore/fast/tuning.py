@@ -1,0 +1,175 @@
+"""Which kernel and which tiles a call uses, in plain Python.
+
+The choice depends on the shape of one row's problem (queries, group, head_dim, dtype), never on the batch, on the
+other rows' lengths or on the capacity of the cache: a row's bits must not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Path = Literal["split", "prefill"]
+
+SPLIT_ROWS = 64
+"""Calls with at most this many (query, head) rows a kv head split the keys; longer ones have tiles enough."""
+
+WIDE_SPLIT_ROWS = 16
+"""The same for wide tiles (float32, head_dim beyond 128), whose split kernel would spill with more rows."""
+
+KV_SPLIT_SIZE = 512
+"""Slots of one split: enough work to hide a program's start, few enough that one long row fills a GPU."""
+
+MAX_SPLITS = 64
+"""A row's splits grow beyond ``kv_split_size`` slots rather than become more than this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan:
+    """How a call is launched.
+
+    Attributes:
+        path: which kernel.
+        block_m: tile of (query, head) rows.
+        block_n: tile of keys.
+        block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
+        block_d: columns of a tile, head_dim and padding.
+        new_ahead: load the new tokens before the loop over the cache (split path), where registers allow.
+        kv_split_size: slots of a split, a multiple of block_n.
+        max_splits: a row's splits grow longer rather than become more.
+        num_warps: of a program.
+        num_stages: of the software pipeline.
+    """
+
+    path: Path
+    block_m: int
+    block_n: int
+    block_new: int
+    block_d: int
+    new_ahead: bool
+    kv_split_size: int
+    max_splits: int
+    num_warps: int
+    num_stages: int
+
+    def split_size(self, cached: int) -> int | None:
+        """Slots a split of a row with ``cached`` slots takes, or None on the prefill path.
+
+        The same arithmetic as ``split_range`` in the kernel.
+        """
+        if self.path == "prefill":
+            return None
+        return max(self.kv_split_size, ceil_div(ceil_div(cached, self.max_splits), self.block_n) * self.block_n)
+
+    def num_splits(self, cached: int) -> int:
+        """Splits of a row with ``cached`` slots; never fewer for a longer row."""
+        size = self.split_size(cached)
+        return 1 if size is None else max(1, ceil_div(cached, size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forced:
+    path: Path | None = None
+    block_m: int | None = None
+    block_n: int | None = None
+    kv_split_size: int | None = None
+
+
+_forced = _Forced()
+
+
+@contextmanager
+def forced(
+    *,
+    path: Path | None = None,
+    block_m: int | None = None,
+    block_n: int | None = None,
+    kv_split_size: int | None = None,
+) -> Iterator[None]:
+    """Force parts of the plan of every call made inside; for tests, which must reach every kernel and split count.
+
+    Raises:
+        ValueError: kv_split_size is not a positive multiple of 16.
+    """
+    global _forced
+    if kv_split_size is not None and (kv_split_size < 16 or kv_split_size % 16):
+        raise ValueError(f"kv_split_size must be a positive multiple of 16, got {kv_split_size}")
+    before = _forced
+    _forced = _Forced(path, block_m, block_n, kv_split_size)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer >= a / b."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two, at least what a tensor core takes."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def plan(
+    *,
+    q_len: int,
+    group_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_m: int | None = None,
+    block_n: int | None = None,
+) -> LaunchPlan:
+    """The plan of a call with ``q_len`` queries and ``group_size`` query heads a kv head.
+
+    Args:
+        q_len: queries a row, padding included.
+        group_size: query heads a kv head.
+        head_dim: elements, 1..256.
+        dtype: of the inputs.
+        block_m: forces the tile of (query, head) rows.
+        block_n: forces the tile of keys.
+    """
+    rows = q_len * group_size
+    block_d = padded_head_dim(head_dim)
+    is_float32 = dtype == torch.float32
+    # The split kernel holds all new tokens in one tile.
+    split_rows = WIDE_SPLIT_ROWS if is_float32 or block_d == 256 else SPLIT_ROWS
+    may_split = q_len <= split_rows and _forced.path != "prefill"
+    path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
+    block_m = (
+        block_m or _forced.block_m or min(max(16, next_power_of_2(max(rows, 1))), _max_block_m(is_float32, block_d))
+    )
+    block_n = block_n or _forced.block_n or _default_block_n(path, is_float32, block_d)
+    kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
+    max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
+    # Wider blocks spill registers with 4 warps; tests/test_compiles.py watches it.
+    num_warps = 8 if block_m * block_d > 16 * (64 if is_float32 else 256) else 4
+    num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
+    block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
+    new_ahead = path == "split" and not is_float32 and block_new * block_d <= 2048
+    return LaunchPlan(
+        path, block_m, block_n, block_new, block_d, new_ahead, kv_split_size, max_splits, num_warps, num_stages
+    )
+
+
+def _max_block_m(is_float32: bool, block_d: int) -> int:
+    if is_float32 or block_d == 256:
+        return 32
+    return 128
+
+
+def _default_block_n(path: Path, is_float32: bool, block_d: int) -> int:
+    if is_float32 or block_d == 256:
+        return 16 if is_float32 and block_d == 256 else 32
+    return 128 if path == "split" and block_d <= 64 else 64

@@ -1,0 +1,107 @@
+"""Compile every shipped kernel configuration for GPUs that are not here, and print what ptxas made of each.
+
+    python tests/compile_kernels.py [--arch 80 90 100] [--jobs N]
+
+One JSON line a configuration: registers, spills (accesses of local memory), shared memory. Must run without
+TRITON_INTERPRET, since the kernels have to be compiled; ``tests/test_compiles.py`` runs it and judges the lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashcore.fast import tuning
+from flashcore.fast.kernels.prefill import prefill_attention
+from flashcore.fast.kernels.split_kv import split_kv_attention
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+ROWS = (1, 32, 64, 1024)
+"""(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
+
+
+def configurations() -> Iterator[tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]]:
+    """Every distinct plan, with the flags that make the largest kernel."""
+    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
+        plans = {tuning.plan(q_len=rows, group_size=1, head_dim=head_dim, dtype=dtype) for rows in ROWS}
+        for plan in sorted(plans, key=str):
+            flags = {
+                "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
+                "WIDE": False, "CAUSAL": True, "APPEND": True,
+                "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
+            }  # fmt: skip
+            if plan.path == "split":
+                flags |= {"BLOCK_NEW": plan.block_new, "NEW_AHEAD": plan.new_ahead}
+            yield dtype, plan, flags
+
+
+def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, Any], arch: int) -> dict[str, Any]:
+    """Compile one configuration for one architecture."""
+    kernel: Any = split_kv_attention if plan.path == "split" else prefill_attention
+    pointer_types = {
+        "lse_ptr": "*fp32", "seq_lens_out_ptr": "*i32", "partial_out_ptr": "*fp32", "partial_m_ptr": "*fp32",
+        "partial_l_ptr": "*fp32", "arrivals_ptr": "*i32", "fault_ptr": "*i32", "seq_lens_ptr": "*i32",
+        "new_lens_ptr": "*i32",
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in flags:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = pointer_types.get(name, DTYPES[dtype])
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "qk_scale" else "i32"
+    compiled = triton.compile(
+        ASTSource(kernel, signature, flags, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        report, assembly = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, option, cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    (registers,) = re.findall(r"REG:(\d+)", report)
+    spills = re.findall(r"\b(?:STL|LDL)\b", assembly)
+    return {
+        "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
+        "block_n": plan.block_n, "block_d": plan.block_d, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+        "registers": int(registers), "spills": len(spills),
+        "shared_bytes": compiled.metadata.shared,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Compile in several processes and print one JSON line a configuration."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    jobs = [(*c, arch) for arch in arguments.arch for c in configurations()]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        for result in pool.map(compile_one, *zip(*jobs, strict=True)):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
