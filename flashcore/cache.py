@@ -115,4 +115,4 @@ class KVCache(tuple[Tensor, Tensor]):
 
 def _new_fault(device: torch.device) -> Tensor:
     # Pinned host memory: a kernel writes it only when something is wrong, the host reads it without synchronising.
-    return torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")

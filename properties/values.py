@@ -289,7 +289,7 @@ def _subnormal(grid: Grid) -> Float64Array:
     if grid.name == "query":
         return 64.0 * grid.normal()
     bits = min(fmt.precision - 1, 16)
-    steps = (2.0 * grid.below(1 << bits) + 1.0) * 2.0 ** (fmt.precision - 2 - bits)
+    steps = (grid.below(1 << bits) << (fmt.precision - 1 - bits)) | 1  # odd, so never zero
     return np.where(grid.below(2, salt=1) == 0, steps, -steps) * fmt.smallest_subnormal
 
 

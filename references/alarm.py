@@ -39,9 +39,7 @@ def independent_errors(
 
             score[h, row] = grouped(gap, own[h, row, order, None] * np.abs(values - out[h, row]))
             if bins_per_octave:
-                rounding[h, row] = grouped(
-                    np.floor(gap * bins_per_octave), grown[h, row, order, None] * np.abs(values)
-                )
+                rounding[h, row] = grouped(np.floor(gap * bins_per_octave), grown[h, row, order, None] * np.abs(values))
     return score, rounding
 
 

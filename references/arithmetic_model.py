@@ -122,9 +122,7 @@ class ArithmeticModel:
             raise ValueError(f"an arithmetic model must be a JSON object, got {type(stored).__name__}")
         fields = {f.name: f for f in dataclasses.fields(ArithmeticModel)}
         if stored.keys() != fields.keys():
-            raise ValueError(
-                f"an arithmetic model must have the fields {sorted(fields)}, got {sorted(stored)}"
-            )
+            raise ValueError(f"an arithmetic model must have the fields {sorted(fields)}, got {sorted(stored)}")
         values: dict[str, Any] = {}
         for name, value in stored.items():
             # The declared types are strings, because annotations are not evaluated in this module.

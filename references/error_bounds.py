@@ -75,9 +75,7 @@ def _hull(
     return distance, largest
 
 
-def _centred(
-    weights: Weights, deviation: Float64Array, value: Float64Array, out: Float64Array
-) -> Float64Array:
+def _centred(weights: Weights, deviation: Float64Array, value: Float64Array, out: Float64Array) -> Float64Array:
     """At least sum_j w_j phi_j |v_j - o|: its root-mean-square form, which is three matrix products."""
     share = weights.weight * deviation
     mass = share.sum(axis=-1)[..., None]

@@ -61,9 +61,7 @@ class StepResult:
     cache: ReferenceCache | None
 
 
-def empty_cache(
-    batch: int, num_kv_heads: int, capacity: int, head_dim: int, fmt: Format | str
-) -> ReferenceCache:
+def empty_cache(batch: int, num_kv_heads: int, capacity: int, head_dim: int, fmt: Format | str) -> ReferenceCache:
     """A cache of ``capacity`` slots a row, none of them written."""
     dtype = np.dtype(f"uint{as_format(fmt).width}")
     shape = (batch, num_kv_heads, capacity, head_dim)

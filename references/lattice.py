@@ -16,15 +16,15 @@ float32 adds without rounding in any order, in any tiling, split and merge by (a
 cores align without loss as long as they keep F >= 23 bits. C1..C3 are about counts and ranges only, so they
 hold for every causal prefix, every split and every tile once they hold for all keys.
 
-The device must do three things exactly: ``exp2(-k) = 2**-k`` for 0 <= k <= R, ``exp2(0) = 1``, and (for lse)
-``log2(2**k) = k``. `python -m properties probe` measures them.
+The device must be exact in three places: ``exp2(-k) = 2**-k`` for 0 <= k <= R; ``log2(2**k) = k``, for lse;
+x / 2**k, for the outputs whose weights sum to a power of two. `python -m properties probe` measures them, and
+they hold on the H200 and in the interpreter.
 
-The output is then ``fl_out(fl32(A / l))`` with A and l exact. Where l is a power of two, the quotient is
-itself a float32 and a division that is exact on exact quotients cannot err. Elsewhere a division that is not
-correctly rounded (CUDA's div.full.f32, up to 2 ulp) may change bits if A / l lies that close to a rounding
-boundary of the output: `LatticeResult.division_sensitive` says where. Few float16 and bfloat16 outputs do,
-most float32 ones. `lattice_inputs.power_of_two_from_draws` builds inputs whose weights sum to a power of two
-for every query, so that nothing is sensitive.
+The output is then ``fl_out(fl32(A / l))`` with A and l exact. Where l is not a power of two, a division that
+is not correctly rounded (CUDA's div.full.f32, up to 2 ulp; on the H200 even 33 / 33 is not 1) may change bits
+if A / l lies that close to a rounding boundary of the output: `LatticeResult.division_sensitive` says where.
+Few float16 and bfloat16 outputs do, most float32 ones. `lattice_inputs.power_of_two_from_draws` builds inputs
+whose weights sum to a power of two for every query, so that nothing is sensitive.
 
 Blind spots: powers of two survive narrow formats for P, so the lattice cannot see how P is rounded or how
 precise exp2 is between integers; the budget and the calibrated noise see those.
@@ -139,9 +139,7 @@ def solve(
         # The sums are in units of 2**-spread of the largest weight: C2, tighter, from the data.
         largest = np.maximum(row_sum[head], (weight @ np.abs(v[head // group_size])).max(axis=1, initial=0))
         if largest.max(initial=0) > 1 << SIGNIFICAND:
-            raise ValueError(
-                f"C2: sums must not exceed 2**{SIGNIFICAND} smallest weights, got {largest.max()}"
-            )
+            raise ValueError(f"C2: sums must not exceed 2**{SIGNIFICAND} smallest weights, got {largest.max()}")
 
     sees = row_sum > 0
     # Both are integers of at most 24 bits: float64 division, rounded once more to float32, is the correctly

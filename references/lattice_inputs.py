@@ -25,9 +25,7 @@ def weight_range(max_keys: int, max_value: int = DEFAULT_MAX_VALUE) -> int:
     """The largest R <= 12 that C2 allows for `max_keys` keys; raises if even R = 0 does not fit."""
     bits = (max(1, max_keys) * max(1, max_value) - 1).bit_length()
     if bits > SIGNIFICAND:
-        raise ValueError(
-            f"max_keys * max_value must not exceed 2**{SIGNIFICAND}, got {max_keys} * {max_value}"
-        )
+        raise ValueError(f"max_keys * max_value must not exceed 2**{SIGNIFICAND}, got {max_keys} * {max_value}")
     return min(MAX_RANGE, SIGNIFICAND - bits)
 
 
@@ -74,11 +72,11 @@ def query_from_draws(draws: ArrayLike, *, exponent_range: int, scale_exponent: i
     return np.where(rank < used, sign, 0) << scale_exponent
 
 
-def key_from_draws(draws: ArrayLike, *, exponent_range: int) -> Int64Array:
-    """Keys [..., head_dim] with entries 0..span, element by element."""
+def key_from_draws(draws: ArrayLike, *, exponent_range: int, key_offset: int = 0) -> Int64Array:
+    """Keys [..., head_dim] with entries key_offset .. key_offset + span, element by element."""
     draw = _checked(draws)
     _, span = key_span(draw.shape[-1], exponent_range)
-    return draw % (span + 1)
+    return draw % (span + 1) + key_offset
 
 
 def value_from_draws(draws: ArrayLike, *, max_value: int = DEFAULT_MAX_VALUE) -> Int64Array:
@@ -94,6 +92,7 @@ def from_draws(
     scale_exponent: int = 0,
     max_value: int = DEFAULT_MAX_VALUE,
     exponent_range: int | None = None,
+    key_offset: int = 0,
 ) -> Lattice:
     """A lattice of any shape from integers drawn in [0, 2**16).
 
@@ -106,6 +105,9 @@ def from_draws(
         exponent_range: R; default the largest that C2 allows for kv_len. Give it explicitly when the same
             draws are to mean the same data at another kv_len: every element of key and value depends on its
             own draw, R, head_dim and max_value only, a query on its own row of draws.
+        key_offset: added to every key element. It shifts all logits of a query by the offset times the sum of
+            its signs and leaves the weights alone: with 64, hundreds of octaves either way, beyond the range
+            of exp2 for a kernel that forgets to subtract the maximum.
 
     Raises:
         ValueError: a draw outside [0, 2**16), or an R that breaks C2.
@@ -117,7 +119,7 @@ def from_draws(
         raise ValueError(f"exponent_range must be between 0 and {allowed} for {kv_len} keys, got {chosen}")
     return Lattice(
         query=query_from_draws(query_draws, exponent_range=chosen, scale_exponent=scale_exponent),
-        key=key_from_draws(key_draws, exponent_range=chosen),
+        key=key_from_draws(key_draws, exponent_range=chosen, key_offset=key_offset),
         value=value_from_draws(value_draws, max_value=max_value),
         scale_exponent=scale_exponent,
         weight_range=chosen,
@@ -176,9 +178,7 @@ def power_of_two_from_draws(
     counts = np.asarray(visible_counts, np.int64)
     distinct = np.unique(counts)
     if len(distinct) > head_dim:
-        raise ValueError(
-            f"visible_counts must have at most head_dim={head_dim} distinct values, got {len(distinct)}"
-        )
+        raise ValueError(f"visible_counts must have at most head_dim={head_dim} distinct values, got {len(distinct)}")
     chosen = weight_range(kv_len, max_value)
     key = -(key_draw % (chosen + 1))
     for d in range(head_dim):

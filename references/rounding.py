@@ -77,9 +77,7 @@ def as_format(fmt: Format | str) -> Format:
     return FORMATS[fmt]
 
 
-def round_to(
-    values: Any, fmt: Format | str, mode: Mode = "nearest", *, saturate: bool = False
-) -> Float64Array:
+def round_to(values: Any, fmt: Format | str, mode: Mode = "nearest", *, saturate: bool = False) -> Float64Array:
     """Round float64 values to the nearest value of a format, ties to even, or toward zero.
 
     Args:

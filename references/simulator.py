@@ -100,9 +100,7 @@ def simulate(
     num_kv_heads = key.shape[0]
     group_size = num_q_heads // num_kv_heads
     seen = np.tile(visible, (group_size, 1))  # [rows, kv_len]
-    arithmetic = _Arithmetic(
-        as_format(fmt), model, order, errors, contracted, fault, np.random.default_rng(seed)
-    )
+    arithmetic = _Arithmetic(as_format(fmt), model, order, errors, contracted, fault, np.random.default_rng(seed))
     out = np.empty(query.shape)
     lse = np.empty((num_q_heads, q_len))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
@@ -312,7 +310,8 @@ class _Arithmetic:
     def _log2(self, x: Float32Array) -> Float32Array:
         exact = np.log2(x.astype(np.float64))
         error = self._error(self.model.log2_error, 1.0, x.shape)
-        return (exact + (1.0 + np.abs(exact)) * error).astype(np.float32)
+        result: Float32Array = (exact + (1.0 + np.abs(exact)) * error).astype(np.float32)
+        return result
 
     def _divide(self, a: Float32Array, b: Float32Array) -> Float32Array:
         error = self._error(self.model.division_error, 1.0, a.shape)
@@ -323,7 +322,8 @@ class _Arithmetic:
 
 
 def _flush(x: Float32Array) -> Float32Array:
-    return np.where(np.abs(x) < 2.0**-126, np.float32(0), x)
+    flushed: Float32Array = np.where(np.abs(x) < 2.0**-126, np.float32(0), x)
+    return flushed
 
 
 def _narrow(x: Float32Array, fmt: Format) -> Float32Array:

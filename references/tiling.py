@@ -88,9 +88,7 @@ def _remaining(records: IntArray) -> IntArray:
     return remaining
 
 
-def path(
-    t: Float64Array, uncertainty: Float64Array, visible: BoolArray, tiles: Tiles, fused_products: int
-) -> Path:
+def path(t: Float64Array, uncertainty: Float64Array, visible: BoolArray, tiles: Tiles, fused_products: int) -> Path:
     """Count along the way of the keys of every row.
 
     Args:

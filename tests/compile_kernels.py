@@ -44,6 +44,8 @@ def configurations() -> Iterator[tuple[torch.dtype, tuning.LaunchPlan, dict[str,
                 "WIDE": False, "CAUSAL": True, "APPEND": True,
                 "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
             }  # fmt: skip
+            if plan.path == "split":
+                flags |= {"BLOCK_NEW": plan.block_new, "NEW_AHEAD": plan.new_ahead}
             yield dtype, plan, flags
 
 

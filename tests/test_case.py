@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis.vendor.pretty import pretty
 
 from properties import case as case_module
 from properties.case import Case, CaseError, Patch, Row, Step
@@ -41,24 +42,19 @@ EVERY_FIELD_SET = Case(
     seed=7,
     patches=(Patch("key", 1, 2, 1, 79, "nan"), Patch("query", 0, 17, 5, 0, (-0.1).hex())),
 )
-FILE = CaseFile(
-    "test_x::test_law", "flashcore", EVERY_FIELD_SET, "0" * 64, "a story", {"torch": "2.13", "n": 1}
-)
+FILE = CaseFile("test_x::test_law", "flashcore", EVERY_FIELD_SET, "0" * 64, "a story", {"torch": "2.13", "n": 1})
 
 
 def test_the_example_sets_every_field() -> None:
     defaults = Case()
-    same = [
-        f.name
-        for f in dataclasses.fields(Case)
-        if getattr(defaults, f.name) == getattr(EVERY_FIELD_SET, f.name)
-    ]
+    same = [f.name for f in dataclasses.fields(Case) if getattr(defaults, f.name) == getattr(EVERY_FIELD_SET, f.name)]
     assert same == ["op"]
 
 
 def test_repr_is_a_constructor_call() -> None:
     assert eval(repr(EVERY_FIELD_SET)) == EVERY_FIELD_SET
     assert repr(Case()) == "Case()"
+    assert pretty(Case(head_dim=80)) == "Case(head_dim=80)"
     assert repr(Case(rows=(Row(new=(17,)),))) == "Case(rows=(Row(new=(17,)),))"
 
 
@@ -203,11 +199,7 @@ def schema_leaves(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, 
     if "$ref" in node:
         node = SCHEMA["$defs"][node["$ref"].rsplit("/", 1)[1]]
     if "properties" in node:
-        return [
-            leaf
-            for name, child in node["properties"].items()
-            for leaf in schema_leaves(child, f"{path}.{name}")
-        ]
+        return [leaf for name, child in node["properties"].items() for leaf in schema_leaves(child, f"{path}.{name}")]
     if "items" in node:
         return [(path, node), *schema_leaves(node["items"], f"{path}.0")]
     return [(path, node)]

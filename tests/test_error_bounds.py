@@ -89,9 +89,7 @@ def expected_terms(
         split_maxima.append((max(t[j] + tau_of[j] for j in keys), max(t[j] - tau_of[j] for j in keys)))
     merge_rescales = 0
     if len(tiles) > 1:
-        merge = [
-            i > 0 and split_maxima[i][0] > max(low for _, low in split_maxima[:i]) for i in range(len(tiles))
-        ]
+        merge = [i > 0 and split_maxima[i][0] > max(low for _, low in split_maxima[:i]) for i in range(len(tiles))]
         merge_rescales = 1 + sum(merge)
         for index, split in enumerate(tiles):
             for j in range(split[0][0], split[-1][1]):
@@ -142,9 +140,7 @@ def expected_terms(
         now = {
             "logit": centred / den,
             "P": sum(w[j] * (1 + phi[j]) * rel_p[j] * v[j] for j in range(n)) / den,
-            "accumulation": g
-            * sum(w[j] * (1 + phi[j]) * (1 + rel_p[j]) * lifted(v[j]) for j in range(n))
-            / den,
+            "accumulation": g * sum(w[j] * (1 + phi[j]) * (1 + rel_p[j]) * lifted(v[j]) for j in range(n)) / den,
             "sum": lam * mass * abs(o) / den,
             "underflow": (lost + lost_sum * abs(o)) / total / den,
         }
@@ -204,9 +200,7 @@ def test_every_term_equals_the_scalar_derivation(
 
 def test_a_batch_of_heads_and_queries_equals_one_query_at_a_time() -> None:
     rng = np.random.default_rng(4)
-    query, key, value = (
-        round_to(rng.standard_normal(s), FLOAT16) for s in ((6, 5, 8), (2, 11, 8), (2, 11, 8))
-    )
+    query, key, value = (round_to(rng.standard_normal(s), FLOAT16) for s in ((6, 5, 8), (2, 11, 8), (2, 11, 8)))
     visible = visible_keys(5, 11, True)
     tiles = tiling(6, 5, 4)
 
@@ -344,9 +338,7 @@ def test_a_less_accurate_model_has_a_larger_budget(worse: dict[str, Any]) -> Non
     assert larger.out.sum() + larger.lse.sum() > better.out.sum() + better.lse.sum()
 
 
-@pytest.mark.parametrize(
-    ("worse", "term"), [({"tf32": True}, "logit"), ({"flush_to_zero": True}, "underflow")]
-)
+@pytest.mark.parametrize(("worse", "term"), [({"tf32": True}, "logit"), ({"flush_to_zero": True}, "underflow")])
 def test_tf32_and_flushing_cost_what_they_should(worse: dict[str, Any], term: str) -> None:
     problem = draw("normal", 40, 16, FLOAT32, 0)
     model = dataclasses.replace(INTERPRETER, **worse)
@@ -427,9 +419,7 @@ def test_bad_inputs_take_the_bound_only_from_what_sees_them() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-40, 1e-38, -1e-40, 1e4, -1e6, 1e30])
-@pytest.mark.parametrize(
-    "model", [INTERPRETER, AMPERE, HOPPER, BLACKWELL, PERMISSIVE, REFERENCE], ids=lambda m: m.name
-)
+@pytest.mark.parametrize("model", [INTERPRETER, AMPERE, HOPPER, BLACKWELL, PERMISSIVE, REFERENCE], ids=lambda m: m.name)
 def test_every_scale_has_a_finite_budget(model: ArithmeticModel, scale: float) -> None:
     problem = dataclasses.replace(draw("normal", 20, 8, BFLOAT16, 0), scale=scale)
     fmt = "float64" if model is REFERENCE else "bfloat16"
@@ -452,6 +442,15 @@ def test_a_scale_that_a_device_flushes_to_zero_is_within_the_budget() -> None:
     assert np.all(np.abs(out[0, 0] - 0.5) <= flushed.out[0, 0])
     assert abs(lse[0, 0] - math.log(2)) <= flushed.lse[0, 0]
     assert np.all(np.abs(out[0, 0] - 0.5) > kept.out[0, 0])
+
+
+def test_a_constant_that_may_be_flushed_says_nothing_about_which_tile_raises_the_maximum() -> None:
+    problem = dataclasses.replace(draw("falling", 16, 8, FLOAT32, 0), scale=1e-40)
+
+    one = gate(problem, "float32", HOPPER, tiling(16, 0, 16))
+    many = gate(problem, "float32", HOPPER, tiling(16, 0, 1))
+
+    assert np.all(many.terms["logit"] > 4 * one.terms["logit"])
 
 
 def test_weights_below_the_format_of_p_cost_no_more_than_themselves() -> None:
@@ -482,9 +481,7 @@ def test_lengths_of_32768_keys_have_a_useful_budget(fmt: Format) -> None:
 BF16_NEAR_LIMIT = 2.0**126
 
 
-def classes_of(
-    problem: Problem, fmt: str = "bfloat16", model: ArithmeticModel = HOPPER
-) -> tuple[set[str], bool]:
+def classes_of(problem: Problem, fmt: str = "bfloat16", model: ArithmeticModel = HOPPER) -> tuple[set[str], bool]:
     visible = np.ones((1, len(problem.key)), dtype=np.bool_)
     inputs = (problem.query[None, None], problem.key[None], problem.value[None], visible)
     classes = overflow_classes(*inputs, scale=problem.scale, fmt=fmt, model=model)
@@ -540,9 +537,7 @@ def test_float16_outputs_near_the_limit_are_not_promised() -> None:
 def test_a_query_without_keys_is_free_of_overflow() -> None:
     query, key, value = np.full((1, 2, 2), np.nan), np.full((1, 1, 2), np.nan), np.full((1, 1, 2), np.nan)
 
-    free = overflow_free(
-        query, key, value, visible_keys(2, 1, True), scale=1.0, fmt="float16", model=INTERPRETER
-    )
+    free = overflow_free(query, key, value, visible_keys(2, 1, True), scale=1.0, fmt="float16", model=INTERPRETER)
 
     assert free.tolist() == [[True, False]]
 
@@ -560,9 +555,7 @@ def test_a_query_without_keys_is_free_of_overflow() -> None:
         ((8, 0, 4), (((0, 4), (4, 8)),)),
     ],
 )
-def test_tiles_start_anew_with_the_new_tokens_and_with_every_split(
-    arguments: tuple[int, ...], expected: Tiles
-) -> None:
+def test_tiles_start_anew_with_the_new_tokens_and_with_every_split(arguments: tuple[int, ...], expected: Tiles) -> None:
     assert tiling(*arguments) == expected
 
 
@@ -580,9 +573,7 @@ def test_impossible_tilings_are_refused() -> None:
     assert gate(draw("normal", 4, 2, FLOAT16, 0), "float16", HOPPER, tiling(4, 0, 2)).out.shape == (1, 1, 2)
 
 
-@pytest.mark.parametrize(
-    "model", [INTERPRETER, AMPERE, HOPPER, BLACKWELL, PERMISSIVE, REFERENCE], ids=lambda m: m.name
-)
+@pytest.mark.parametrize("model", [INTERPRETER, AMPERE, HOPPER, BLACKWELL, PERMISSIVE, REFERENCE], ids=lambda m: m.name)
 def test_a_model_survives_its_json(model: ArithmeticModel) -> None:
     assert ArithmeticModel.from_json(model.to_json()) == model
     assert model.provenance

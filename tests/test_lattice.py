@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from references.lattice_inputs import (
 from references.rounding import decode, encode, round_to
 from references.simulator import simulate
 
-SHAPES = [  # num_kv_heads, group_size, q_len, kv_len, head_dim
+Shape = tuple[int, int, int, int, int]
+
+SHAPES: list[Shape] = [  # num_kv_heads, group_size, q_len, kv_len, head_dim
     (1, 1, 1, 1, 1),
     (1, 2, 3, 5, 1),
     (2, 3, 4, 40, 2),
@@ -30,7 +33,7 @@ SHAPES = [  # num_kv_heads, group_size, q_len, kv_len, head_dim
 FORMATS = ["float16", "bfloat16", "float32"]
 
 
-def draws(shape, seed=0):
+def draws(shape: Shape, seed: int = 0) -> Any:
     num_kv_heads, group_size, q_len, kv_len, head_dim = shape
     rng = np.random.default_rng([seed, *shape])
     query = rng.integers(0, 1 << 16, (num_kv_heads * group_size, q_len, head_dim))
@@ -38,11 +41,11 @@ def draws(shape, seed=0):
     return query, key, value
 
 
-def causal(q_len, kv_len):
+def causal(q_len: int, kv_len: int) -> Any:
     return np.tril(np.ones((q_len, kv_len), bool), kv_len - q_len)
 
 
-def tiles(kv_len, block_n, size):
+def tiles(kv_len: int, block_n: int, size: int) -> Any:
     return [
         [(i, min(kv_len, s + size, i + block_n)) for i in range(s, min(kv_len, s + size), block_n)]
         for s in range(0, kv_len, size)
@@ -60,7 +63,7 @@ def float32_of(x: Fraction) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5])
-def test_oracle_equals_exact_rationals(shape):
+def test_oracle_equals_exact_rationals(shape: Shape) -> None:
     lattice = from_draws(*draws(shape), scale_exponent=1)
     visible = causal(shape[2], shape[3])
 
@@ -75,7 +78,7 @@ def test_oracle_equals_exact_rationals(shape):
         total = sum(weights, Fraction(0))
         for d in range(shape[4]):
             column = lattice.value[head // group_size, visible[i], d]
-            mean = sum((w * int(x) for w, x in zip(weights, column, strict=True)), Fraction(0)) / total
+            mean: Any = sum((w * int(x) for w, x in zip(weights, column, strict=True)), Fraction(0)) / total
             assert result.out_bits[head, i, d] == encode(float32_of(mean), "bfloat16")
         assert result.lse[head, i] == pytest.approx(math.log(total), rel=1e-7, abs=1e-7)
         assert result.lse_is_exact[head, i] == (math.log2(total) == round(math.log2(total)))
@@ -83,25 +86,26 @@ def test_oracle_equals_exact_rationals(shape):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_order_split_and_accumulator_gives_the_oracles_bits(shape, fmt):
+def test_every_order_split_and_accumulator_gives_the_oracles_bits(shape: Shape, fmt: str) -> None:
     for seed, is_causal in itertools.product(range(3), (False, True)):
         j = seed
-        lattice = from_draws(*draws(shape, seed), scale_exponent=j)
+        lattice = from_draws(*draws(shape, seed), scale_exponent=j, key_offset=64 * seed)
         visible = causal(shape[2], shape[3]) if is_causal else np.ones((shape[2], shape[3]), bool)
-        inputs = [decode(bits, fmt) for bits in lattice.bits(fmt)]
-        expected, lse = exact_attention(*inputs, visible, j, fmt)
-        exact = solve(*inputs, visible, scale_exponent=j, fmt=fmt).lse_is_exact
+        q, k, v = (decode(bits, fmt) for bits in lattice.bits(fmt))
+        expected, lse = exact_attention(q, k, v, visible, j, fmt)
+        exact = solve(q, k, v, visible, scale_exponent=j, fmt=fmt).lse_is_exact
 
-        for model, order, block_n, size in (
+        settings: Any = (
             (INTERPRETER, "blas", 64, 10_000),
             (INTERPRETER, "forward", 16, 48),
             (INTERPRETER, "reverse", 32, 32),
             (AMPERE, "blas", 32, 96),
             (HOPPER, "blas", 64, 128),
             (dataclasses.replace(HOPPER, fused_products=4, fused_fraction_bits=23), "blas", 16, 64),
-        ):
+        )
+        for model, order, block_n, size in settings:
             out, got_lse = simulate(
-                *inputs, visible, scale=lattice.scale, fmt=fmt, model=model,
+                q, k, v, visible, scale=lattice.scale, fmt=fmt, model=model,
                 tiles=tiles(shape[3], block_n, size), order=order,
             )  # fmt: skip
             np.testing.assert_array_equal(encode(out, fmt), expected)
@@ -110,7 +114,7 @@ def test_every_order_split_and_accumulator_gives_the_oracles_bits(shape, fmt):
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] <= s[4]])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_power_of_two_sums_leave_nothing_to_the_division(shape, is_causal):
+def test_power_of_two_sums_leave_nothing_to_the_division(shape: Shape, is_causal: bool) -> None:
     _, _, q_len, kv_len, _ = shape
     visible = causal(q_len, kv_len) if is_causal else np.ones((q_len, kv_len), bool)
     lattice = power_of_two_from_draws(*draws(shape), visible_counts=visible.sum(axis=1))
@@ -126,13 +130,11 @@ def test_power_of_two_sums_leave_nothing_to_the_division(shape, is_causal):
     np.testing.assert_array_equal(encode(out, "float32"), result.out_bits)
 
 
-def test_division_sensitive_outputs_are_those_a_wrong_division_changes():
+def test_division_sensitive_outputs_are_those_a_wrong_division_changes() -> None:
     lattice = from_draws(*draws((2, 2, 64, 200, 64)))
     visible = np.ones((64, 200), bool)
     result = solve(lattice.query, lattice.key, lattice.value, visible, scale_exponent=0, fmt="float16")
-    numerator_over_l = solve(
-        lattice.query, lattice.key, lattice.value, visible, scale_exponent=0, fmt="float32"
-    )
+    numerator_over_l = solve(lattice.query, lattice.key, lattice.value, visible, scale_exponent=0, fmt="float32")
     quotient = decode(numerator_over_l.out_bits, "float32")
 
     changed = np.zeros(result.out_bits.shape, bool)
@@ -146,14 +148,14 @@ def test_division_sensitive_outputs_are_those_a_wrong_division_changes():
 
 
 @pytest.mark.parametrize("scale_exponent", range(6))
-def test_scale_folds_to_a_power_of_two(scale_exponent):
+def test_scale_folds_to_a_power_of_two(scale_exponent: int) -> None:
     scale = lattice_scale(scale_exponent)
     folded = 2.0**-scale_exponent
     assert np.float32(scale) * np.float32(math.log2(math.e)) == folded
     assert np.float32(scale * math.log2(math.e)) == folded
 
 
-def test_every_dimension_matters_and_logits_vary():
+def test_every_dimension_matters_and_logits_vary() -> None:
     lattice = from_draws(*draws((1, 8, 8, 200, 80)))
     assert (lattice.query != 0).any(axis=(0, 1)).all()
     logits = lattice.query[0] @ lattice.key[0].T
@@ -161,7 +163,7 @@ def test_every_dimension_matters_and_logits_vary():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 17, 64, 1000, 4097])
-def test_power_of_two_exponents_sum_to_a_power_of_two(count):
+def test_power_of_two_exponents_sum_to_a_power_of_two(count: int) -> None:
     exponents = power_of_two_exponents(count, weight_range(count))
     assert len(exponents) == count
     total = sum(Fraction(2) ** int(e) for e in exponents)
@@ -169,7 +171,7 @@ def test_power_of_two_exponents_sum_to_a_power_of_two(count):
     assert exponents.min() >= -weight_range(count)
 
 
-def test_conditions_are_refused_by_name():
+def test_conditions_are_refused_by_name() -> None:
     one = np.ones((1, 1, 1), np.int64)
     seen = np.ones((1, 2), bool)
     two = np.ones((1, 2, 1), np.int64)
@@ -195,7 +197,7 @@ def test_conditions_are_refused_by_name():
         power_of_two_from_draws(np.ones((1, 2, 1), int), two, two, visible_counts=[1, 2])
 
 
-def test_query_that_sees_nothing_is_zero():
+def test_query_that_sees_nothing_is_zero() -> None:
     one = np.ones((1, 1, 1), np.int64)
     result = solve(one, one, one, np.zeros((1, 1), bool), scale_exponent=0, fmt="float16")
     assert result.out_bits.tolist() == [[[0]]]

@@ -93,9 +93,7 @@ def test_float32_values_around_every_boundary_round_as_in_torch(fmt: Format, dty
     points = np.concatenate([grid, middles, [fmt.max_finite * 1.01, fmt.max_finite * 1.2, 1e38]])
     with np.errstate(over="ignore"):
         points = points.astype(np.float32)
-        points = np.concatenate(
-            [points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, -points)]
-        )
+        points = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, -points)])
     points = np.concatenate([points, -points])
     if not fmt.has_infinity:  # beyond, some versions of torch saturate and some give NaN
         points = points[np.abs(points) <= 464]

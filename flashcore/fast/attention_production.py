@@ -481,8 +481,9 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     grid = (grid_splits * row_tiles * num_kv_heads * batch,)
     splits = (grid_splits, plan.kv_split_size, plan.max_splits)
     split_kv_attention[grid](
-        *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, *splits, *strides, **constants
-    )
+        *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, *splits, *strides,
+        BLOCK_NEW=plan.block_new, NEW_AHEAD=plan.new_ahead, **constants,
+    )  # fmt: skip
 
 
 def _launch_append(problem: _Problem) -> None:

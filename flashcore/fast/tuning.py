@@ -18,21 +18,39 @@ Path = Literal["split", "prefill"]
 SPLIT_ROWS = 64
 """Calls with at most this many (query, head) rows a kv head split the keys; longer ones have tiles enough."""
 
-KV_SPLIT_SIZE = 256
+WIDE_SPLIT_ROWS = 16
+"""The same for wide tiles (float32, head_dim beyond 128), whose split kernel would spill with more rows."""
+
+KV_SPLIT_SIZE = 512
 """Slots of one split: enough work to hide a program's start, few enough that one long row fills a GPU."""
 
-MAX_SPLITS = 128
+MAX_SPLITS = 64
 """A row's splits grow beyond ``kv_split_size`` slots rather than become more than this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
-    """How a call is launched. Tiles in rows (block_m) and keys (block_n); kv_split_size in slots."""
+    """How a call is launched.
+
+    Attributes:
+        path: which kernel.
+        block_m: tile of (query, head) rows.
+        block_n: tile of keys.
+        block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
+        block_d: columns of a tile, head_dim and padding.
+        new_ahead: load the new tokens before the loop over the cache (split path), where registers allow.
+        kv_split_size: slots of a split, a multiple of block_n.
+        max_splits: a row's splits grow longer rather than become more.
+        num_warps: of a program.
+        num_stages: of the software pipeline.
+    """
 
     path: Path
     block_m: int
     block_n: int
+    block_new: int
     block_d: int
+    new_ahead: bool
     kv_split_size: int
     max_splits: int
     num_warps: int
@@ -125,17 +143,24 @@ def plan(
     rows = q_len * group_size
     block_d = padded_head_dim(head_dim)
     is_float32 = dtype == torch.float32
-    path: Path = _forced.path or ("split" if rows <= SPLIT_ROWS else "prefill")
+    # The split kernel holds all new tokens in one tile.
+    split_rows = WIDE_SPLIT_ROWS if is_float32 or block_d == 256 else SPLIT_ROWS
+    may_split = q_len <= split_rows and _forced.path != "prefill"
+    path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
     block_m = (
         block_m or _forced.block_m or min(max(16, next_power_of_2(max(rows, 1))), _max_block_m(is_float32, block_d))
     )
-    block_n = block_n or _forced.block_n or _default_block_n(is_float32, block_d)
+    block_n = block_n or _forced.block_n or _default_block_n(path, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
     # Wider blocks spill registers with 4 warps; tests/test_compiles.py watches it.
     num_warps = 8 if block_m * block_d > 16 * (64 if is_float32 else 256) else 4
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
-    return LaunchPlan(path, block_m, block_n, block_d, kv_split_size, max_splits, num_warps, num_stages)
+    block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
+    new_ahead = path == "split" and not is_float32 and block_new * block_d <= 2048
+    return LaunchPlan(
+        path, block_m, block_n, block_new, block_d, new_ahead, kv_split_size, max_splits, num_warps, num_stages
+    )
 
 
 def _max_block_m(is_float32: bool, block_d: int) -> int:
@@ -144,7 +169,7 @@ def _max_block_m(is_float32: bool, block_d: int) -> int:
     return 128
 
 
-def _default_block_n(is_float32: bool, block_d: int) -> int:
-    if block_d == 256:
-        return 16 if is_float32 else 32
-    return 32 if is_float32 else 64
+def _default_block_n(path: Path, is_float32: bool, block_d: int) -> int:
+    if is_float32 or block_d == 256:
+        return 16 if is_float32 and block_d == 256 else 32
+    return 128 if path == "split" and block_d <= 64 else 64

@@ -22,23 +22,28 @@ def known_multiples_of_8(x, y, z):
 
 
 @triton.jit
-def load_tile(ptr, offs_n, offs_d, stride_n, stop, head_dim, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
+def load_tile(
+    ptr, offs_n, offs_d, stride_n, stop, head_dim,
+    MASK_N: tl.constexpr, MASK_D: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
     """Load rows ``offs_n`` of a [*, head_dim] matrix; rows at or past ``stop`` and padding columns are 0.
 
     The masks are part of the contract, not an optimisation: what they hide is never read, so that
-    NaN in an unwritten slot cannot reach a product (0 * NaN is NaN).
+    NaN in an unwritten slot cannot reach a product (0 * NaN is NaN). STREAMED: each row is read once, by one program.
 
     Returns [len(offs_n), len(offs_d)] in the dtype of ``ptr``.
     """
+    EVICTION: tl.constexpr = "evict_first" if STREAMED else ""
     ptrs = ptr + offs_n[:, None] * stride_n + offs_d[None, :]
     if MASK_N and MASK_D:
-        tile = tl.load(ptrs, mask=(offs_n < stop)[:, None] & (offs_d < head_dim)[None, :], other=0.0)
+        tile = tl.load(ptrs, mask=(offs_n < stop)[:, None] & (offs_d < head_dim)[None, :], other=0.0,
+                       eviction_policy=EVICTION)  # fmt: skip
     elif MASK_N:
-        tile = tl.load(ptrs, mask=(offs_n < stop)[:, None], other=0.0)
+        tile = tl.load(ptrs, mask=(offs_n < stop)[:, None], other=0.0, eviction_policy=EVICTION)
     elif MASK_D:
-        tile = tl.load(ptrs, mask=(offs_d < head_dim)[None, :], other=0.0)
+        tile = tl.load(ptrs, mask=(offs_d < head_dim)[None, :], other=0.0, eviction_policy=EVICTION)
     else:
-        tile = tl.load(ptrs)
+        tile = tl.load(ptrs, eviction_policy=EVICTION)
     return tile
 
 
@@ -95,7 +100,7 @@ def attend_tile(
     acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
     stride_kn, stride_vn,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_N: tl.constexpr, MASK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, WIDE: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
     """Fold keys ``[start_n, start_n + BLOCK_N)`` of a segment into the running state.
 
@@ -109,14 +114,28 @@ def attend_tile(
     offs_d = tl.arange(0, BLOCK_D)
     if WIDE:
         offs_n = offs_n.to(tl.int64)
-    k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D)
+    k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
-    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D)
+    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     if MASK_N:
         visible = (start_n + offs_n)[None, :] < row_limit[:, None]
         logits = tl.where(visible, logits, -float("inf"))
         if CAUSAL:
             acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)
+    return online_softmax_update(acc, m_i, l_i, logits, v)
+
+
+@triton.jit
+def attend_new_tile(
+    acc, m_i, l_i, q, k, v, row_limit, qk_scale,
+    BLOCK_NEW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Fold the new tokens, all in one tile, k and v [BLOCK_NEW, BLOCK_D]: row ``i`` sees those below row_limit[i]."""
+    offs_n = tl.arange(0, BLOCK_NEW)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_NEW]
+    logits = tl.where(offs_n[None, :] < row_limit[:, None], logits, -float("inf"))
+    if CAUSAL:
+        acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)
     return online_softmax_update(acc, m_i, l_i, logits, v)
 
 
@@ -138,14 +157,26 @@ def attend_segment(
     for start_n in range(start, full_stop, BLOCK_N):
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
-            stride_kn, stride_vn, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE,
+            stride_kn, stride_vn, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE, False,
         )  # fmt: skip
     for start_n in range(full_stop, stop, BLOCK_N):
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
-            stride_kn, stride_vn, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE,
+            stride_kn, stride_vn, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE, False,
         )  # fmt: skip
     return acc, m_i, l_i
+
+
+@triton.jit
+def store_tokens(k_cache_ptr, v_cache_ptr, first_slot, k, v, stop, head_dim, stride_kcn, stride_vcn,
+                 BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Store the new tokens below ``stop`` of one tile, bit for bit, at slots ``first_slot + token``."""
+    offs_n = tl.arange(0, BLOCK_NEW)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_n < stop)[:, None] & (offs_d < head_dim)
+    slot = (first_slot + offs_n).to(tl.int64)[:, None]
+    tl.store(k_cache_ptr + slot * stride_kcn + offs_d, k, mask=mask)
+    tl.store(v_cache_ptr + slot * stride_vcn + offs_d, v, mask=mask)
 
 
 @triton.jit

@@ -4,15 +4,17 @@ import triton
 import triton.language as tl
 
 from flashcore.fast.kernels.primitives import (
-    append_tokens,
-    attend_segment,
+    attend_new_tile,
+    attend_tile,
     finish,
     known_multiple_of_8,
     known_multiples_of_8,
+    load_tile,
     merge_partial,
     report_fault,
     row_lengths,
     split_range,
+    store_tokens,
     tile_rows,
 )
 
@@ -39,7 +41,8 @@ def split_kv_attention(
     stride_qb, stride_qh, stride_qm,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEW_AHEAD: tl.constexpr, MASK_D: tl.constexpr,
     WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
     HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr, RETURN_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +74,7 @@ def split_kv_attention(
     if s >= num_splits:
         return
     is_last = s == num_splits - 1
-    query, head, in_tile, real, row_limit, common_limit, new_stop = tile_rows(
+    query, head, in_tile, real, row_limit, _, _ = tile_rows(
         tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, CAUSAL
     )
     # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
@@ -90,35 +93,41 @@ def split_kv_attention(
     k_new_ptr += b64 * stride_knb + h64 * stride_knh
     v_new_ptr += b64 * stride_vnb + h64 * stride_vnh
 
+    new_n = tl.arange(0, BLOCK_NEW)
+    if NEW_AHEAD:
+        # Issued before the loop over the cache, so that the new tokens are there when it ends.
+        new_visible = tl.where(is_last, new_keys, 0)
+        k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_visible, head_dim, True, MASK_D, False)
+        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_visible, head_dim, True, MASK_D, False)
+
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    if tile * BLOCK_M // group_size < num_queries:
-        # Every query sees every cached slot: only the new tokens have a diagonal.
-        acc, m_i, l_i = attend_segment(
-            acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, start, stop, stop,
-            tl.zeros([BLOCK_M], tl.int32) + stop, qk_scale, head_dim,
-            stride_kcn, stride_vcn, BLOCK_N, BLOCK_D, MASK_D, False, WIDE,
+    # Every query sees every cached slot: only the new tokens have a diagonal.
+    cached_limit = tl.zeros([BLOCK_M], tl.int32) + stop
+    for start_n in range(start, stop, BLOCK_N):
+        acc, m_i, l_i = attend_tile(
+            acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, start_n, stop, cached_limit, qk_scale, head_dim,
+            stride_kcn, stride_vcn, BLOCK_N, BLOCK_D, True, MASK_D, False, WIDE, True,
         )  # fmt: skip
-        if is_last:
-            acc, m_i, l_i = attend_segment(
-                acc, m_i, l_i, q, k_new_ptr, v_new_ptr, 0, new_stop, common_limit, row_limit, qk_scale, head_dim,
-                stride_knn, stride_vnn, BLOCK_N, BLOCK_D, MASK_D, CAUSAL, WIDE,
-            )  # fmt: skip
 
-    # The last split copies the new tokens of its kv head; one program a batch row writes the row's length.
     fits = lengths_ok & (cached + num_queries <= slot_limit)
-    if APPEND:
-        if is_last and tile == 0:
-            if h == 0:
-                tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_queries, cached))
-                report_fault(fault_ptr, b, lengths_ok, fits)
-            if fits:
-                append_tokens(
-                    k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, cached, 0, num_queries, head_dim,
-                    stride_kcn, 1, stride_vcn, 1, stride_knn, 1, stride_vnn, 1,
-                    BLOCK_N, BLOCK_D,
-                )  # fmt: skip
+    if is_last:
+        if not NEW_AHEAD:
+            k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_keys, head_dim, True, MASK_D, False)
+            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)
+        acc, m_i, l_i = attend_new_tile(acc, m_i, l_i, q, k_new, v_new, row_limit, qk_scale, BLOCK_NEW, CAUSAL)
+        # The last split stores the new tokens of its kv head; one program a batch row writes the row's length.
+        if APPEND:
+            if tile == 0:
+                if h == 0:
+                    tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_queries, cached))
+                    report_fault(fault_ptr, b, lengths_ok, fits)
+                if fits:
+                    store_tokens(
+                        k_cache_ptr, v_cache_ptr, cached, k_new, v_new, num_queries, head_dim,
+                        stride_kcn, stride_vcn, BLOCK_NEW, BLOCK_D,
+                    )  # fmt: skip
 
     merges = True
     if num_splits > 1:
@@ -139,16 +148,19 @@ def split_kv_attention(
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
             l_i = tl.zeros([BLOCK_M], tl.float32)
-            for other in range(num_splits):
-                theirs = scratch + other * scratch_step
-                acc_s = tl.load(
-                    partial_out_ptr + theirs[:, None] * head_dim + offs_d[None, :],
-                    mask=partial_mask,
-                    other=0.0,
-                )
-                m_s = tl.load(partial_m_ptr + theirs, mask=in_tile, other=-float("inf"))
-                l_s = tl.load(partial_l_ptr + theirs, mask=in_tile, other=0.0)
-                acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
+            # Several splits a step, as registers allow: the latencies of their loads overlap.
+            SPLITS_A_STEP: tl.constexpr = 4 if NEW_AHEAD else 1
+            for first in range(0, num_splits, SPLITS_A_STEP):
+                for step in tl.static_range(SPLITS_A_STEP):
+                    exists = in_tile & (first + step + tl.zeros([BLOCK_M], tl.int32) < num_splits)
+                    theirs = scratch + (first + step) * scratch_step
+                    acc_s = tl.load(
+                        partial_out_ptr + theirs[:, None] * head_dim + offs_d[None, :],
+                        mask=exists[:, None] & in_head[None, :], other=0.0,
+                    )  # fmt: skip
+                    m_s = tl.load(partial_m_ptr + theirs, mask=exists, other=-float("inf"))
+                    l_s = tl.load(partial_l_ptr + theirs, mask=exists, other=0.0)
+                    acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
     if merges:
         out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))
         out_row = (b64 * num_kv_heads * group_size + q_head) * q_len + query

@@ -1,0 +1,34 @@
+"""How tensors lie in memory: the strides that the name of a layout stands for.
+
+A tensor is always [batch, heads, tokens, head_dim] to its caller. What its strides skip is a gap, which nobody
+may read or write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def strides(shape: Sequence[int], layout: str) -> tuple[int, int, int, int]:
+    """Strides in elements of a tensor whose first element is the first of its memory.
+
+    Args:
+        shape: [batch, heads, tokens, head_dim]
+        layout: "contiguous".
+            "transposed": memory is [batch, tokens, heads, head_dim], as a projection leaves it.
+            "gapped": every second element, and after each token, head and batch row an element, a token and a
+                head left out; a token's stride is odd, so hardly anything is aligned.
+            "expanded_heads": one head's memory for all heads (stride 0); never written.
+    """
+    _, heads, tokens, head_dim = shape
+    if layout == "contiguous":
+        return (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
+    if layout == "transposed":
+        return (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
+    if layout == "gapped":
+        token = 2 * head_dim + 1
+        head = (tokens + 1) * token
+        return ((heads + 1) * head, head, token, 2)
+    if layout == "expanded_heads":
+        return (tokens * head_dim, 0, head_dim, 1)
+    raise ValueError(f"layout must be one of properties.case.LAYOUTS, got {layout!r}")

@@ -1,0 +1,1 @@
+"""What `python -m properties probe` measures: accumulators, elementary functions, casts."""

@@ -1,0 +1,147 @@
+"""Small versions of the experiments in properties/numerics, and proof that their oracles can object."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from properties.numerics.noise_baselines import noise_of
+from properties.numerics.precision_faults import (
+    LATTICE_CASES,
+    caught_by,
+    clean_run,
+    lattice_differs,
+    look,
+)
+from properties.numerics.report import publish
+from properties.numerics.validate import FORMATS, MODELS, Experiment, main, measure, plan, utilisation
+from references.arithmetic_model import HOPPER
+from references.noise import BASELINES, NoisePool, baseline_chi, predicted_sigma
+from references.simulator import FAULTS, Fault, simulate
+
+NARROW = [fault for fault in FAULTS if fault != "tf32"]
+# Where each fault shows with little data; the full table is `python -m properties.numerics.precision_faults`.
+SHAPES = [("gauss", 200), ("large_logits", 200), ("level", 512)]
+
+
+def test_the_gate_holds_and_is_nearly_attained() -> None:
+    worst = dict.fromkeys(FORMATS, 0.0)
+    for experiment in plan(220_000, seed=3):
+        if experiment.kv_len > 9000:
+            continue
+        outcome = measure(experiment, MODELS[experiment.model], with_alarm=False)
+        assert outcome.out.max() <= 1, experiment
+        assert outcome.lse.max() <= 1, experiment
+        worst[experiment.fmt] = max(worst[experiment.fmt], outcome.out.max())
+    assert worst["float16"] >= 0.9
+    assert worst["bfloat16"] >= 0.9
+
+
+def test_the_gate_is_violated_by_a_kernel_that_truncates_p() -> None:
+    """Validation can fail: the same simulator, with another arithmetic than the one it is judged by."""
+    truncating = dataclasses.replace(HOPPER, p_rounding="toward_zero")
+    experiment = Experiment("coherent", "bfloat16", "Hopper", 65, 64, 64, None, True, "blas", "nominal", False, 0)
+
+    assert measure(experiment, truncating, with_alarm=False).out.max() <= 1
+    assert measure(experiment, truncating, claimed=HOPPER, with_alarm=False).out.max() > 1
+
+
+def test_validation_reports_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--outputs", "20000", "--families", "gauss", "coherent"]) == 0
+    assert "| float16 | gauss |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fmt", ["bfloat16", "float16"])
+@pytest.mark.parametrize("fault", NARROW)
+def test_every_planted_fault_is_caught(fault: Fault, fmt: str) -> None:
+    caught = sum(lattice_differs(fault, fmt, HOPPER, seed) for seed in range(LATTICE_CASES)) > 0
+    caught = caught or bool(caught_by(look(fault, fmt, HOPPER, SHAPES), HOPPER, fmt))
+    assert caught
+
+
+def test_tf32_is_caught_on_float32_inputs() -> None:
+    assert caught_by(look("tf32", "float32", HOPPER, [("gauss", 200)]), HOPPER, "float32")
+
+
+@pytest.mark.parametrize("run", range(9))
+def test_a_clean_kernel_raises_nothing(run: int) -> None:
+    assert clean_run(run) == []
+
+
+def test_stored_baselines_are_those_of_the_simulator() -> None:
+    found = noise_of(HOPPER, "bfloat16", lengths=(64, 1024), cases=20)
+    assert found.alarms(baseline_chi("Hopper", "bfloat16", 1024)) == []
+    assert found.chi == pytest.approx(baseline_chi("Hopper", "bfloat16", 1024), rel=0.04)
+    with pytest.raises(ValueError, match=BASELINES.name):
+        baseline_chi("Hopper", "float32", 1024)
+
+
+def pool(factor: float = 1.0, shift: float = 0.0, rows: int = 128) -> Any:
+    """r is standard normal, times factor, plus shift in the direction of the reference."""
+    rng = np.random.default_rng(0)
+    reference, sigma = rng.standard_normal((rows, 32)), np.full((rows, 32), 0.01)
+    r = factor * rng.standard_normal((rows, 32)) + shift * np.sign(reference)
+    noise = NoisePool()
+    noise.add(reference + sigma * r, reference, sigma)
+    return noise
+
+
+def test_noise_objects_to_excess_bias_and_outliers_and_to_nothing_else() -> None:
+    assert pool().statistics().alarms(1.0) == []
+    assert "chi is 1.2" in pool(factor=1.2).statistics().alarms(1.0)[0]
+    assert "bias z is -" in pool(shift=-0.2).statistics().alarms(1.0)[0]
+    few = NoisePool()
+    few.add(np.array([0.07]), np.array([0.0]), np.array([0.01]))
+    assert few.statistics().alarms(1.0) == ["largest |r| is 7, above 6"]
+
+
+def test_noise_cannot_pass_nan_wrong_shapes_or_nothing() -> None:
+    one = np.ones((2, 3))
+    nan = NoisePool()
+    nan.add(np.full((2, 3), np.nan), one, one)
+    assert nan.statistics().alarms(1.0) == ["largest |r| is inf, above 6"]
+    unseen = NoisePool()
+    unseen.add(one * 1e-30, one * 0, one * 0)
+    assert unseen.statistics().largest == np.inf
+    with pytest.raises(ValueError, match="one shape"):
+        NoisePool().add(one, np.ones((3, 2)), one)
+    with pytest.raises(ValueError, match="reference must be finite"):
+        NoisePool().add(one, one * np.nan, one)
+    with pytest.raises(ValueError, match="empty pool"):
+        NoisePool().statistics().alarms(1.0)
+    with pytest.raises(ValueError, match="must be narrower"):
+        predicted_sigma(one[None], one[None], one[None], np.ones((2, 2), bool), scale=1.0, fmt="float32", model=HOPPER)
+
+
+def test_pools_merge_to_the_pool_of_all() -> None:
+    both, second = pool(), pool(factor=2.0)
+    both.merge(second)
+    assert both.statistics().outputs == 2 * second.statistics().outputs
+    assert both.statistics().chi == pytest.approx(np.sqrt((1 + 4) / 2), rel=0.03)
+
+
+def test_utilisation_cannot_pass_what_is_not_a_number() -> None:
+    assert utilisation(np.array([0.0]), np.array([0.0]))[0] == 0
+    assert utilisation(np.array([1e-300]), np.array([0.0]))[0] == np.inf
+    assert utilisation(np.array([np.nan]), np.array([1.0]))[0] == np.inf
+    assert utilisation(np.array([1.0]), np.array([np.nan]))[0] == np.inf
+
+
+def test_a_query_that_sees_no_key_is_zero_and_minus_infinity() -> None:
+    one = np.ones((1, 2, 4))
+    visible = np.array([[False, False], [True, False]])
+    out, lse = simulate(one, one, one, visible, scale=1.0, fmt="float16", model=HOPPER, tiles=(((0, 1),), ((1, 2),)))
+    assert out[0].tolist() == [[0.0] * 4, [1.0] * 4]
+    assert lse[0, 0] == -np.inf
+    assert lse[0, 1] == pytest.approx(4.0)
+
+
+def test_publish_replaces_its_block_and_needs_one(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- t -->\nold\n<!-- end of t -->\nafter\n")
+    publish("t", "new", page)
+    assert page.read_text() == "before\n<!-- t -->\n\nnew\n\n<!-- end of t -->\nafter\n"
+    with pytest.raises(ValueError, match="must have one block"):
+        publish("u", "new", page)
