@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from properties.requirements import (
     CaseError,
@@ -93,6 +93,11 @@ class _ShortRepr:
             if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
         ]
         return f"{type(self).__name__}({', '.join(said)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Print the same in Hypothesis's reports; a case holds no cycle."""
+        assert not cycle
+        printer.text(repr(self))
 
 
 @dataclass(frozen=True, repr=False)

@@ -93,8 +93,35 @@ def size(case: Case) -> tuple[Any, ...]:
     )
 
 
+# The plainest value of each field that does not shape the schedule.
+_PLAIN: dict[str, Any] = {
+    "dtype": Case.dtype,
+    "is_causal": Case.is_causal,
+    "scale": Case.scale,
+    "query_layout": Case.query_layout,
+    "key_layout": Case.key_layout,
+    "cache_layout": Case.cache_layout,
+    "block_m": Case.block_m,
+    "block_n": Case.block_n,
+    "kv_split_size": Case.kv_split_size,
+    "values": Case.values,
+    "gain": Case.gain,
+    "seed": Case.seed,
+    "patches": (),
+    "kv_head_copies": Case.kv_head_copies,
+}
+_SMALL: dict[str, Any] = {"num_kv_heads": 1, "group_size": 1, "head_dim": 16}
+
+
 def _changes(case: Case) -> Iterator[dict[str, Any]]:
     rows, steps = case.rows, case.steps
+    # Everything at once, then in large parts: a trial may cost the restart of a process.
+    yield {**_PLAIN, **_SMALL}
+    yield _PLAIN
+    yield {**_SMALL, "kv_head_copies": 1, "key_layout": "contiguous", "patches": ()}
+    for b in range(len(rows) if len(rows) > 2 else 0):
+        kept = (replace(patch, row=0) for patch in case.patches if patch.row == b)
+        yield {"rows": (rows[b],), "patches": tuple(kept)}
     if case.op == "attention":
         q_lens = [row.new[0] for row in rows]
         yield {
@@ -110,8 +137,8 @@ def _changes(case: Case) -> Iterator[dict[str, Any]]:
             dropped = tuple(replace(row, new=row.new[:s] + row.new[s + 1 :]) for row in rows)
             yield {"rows": dropped, "steps": fewer}
             # The same tokens, in the cache from the start.
-            kept = tuple(replace(row, cached=row.cached + old.new[s]) for row, old in zip(dropped, rows, strict=True))
-            yield {"rows": kept, "steps": fewer}
+            cached = tuple(replace(row, cached=row.cached + old.new[s]) for row, old in zip(dropped, rows, strict=True))
+            yield {"rows": cached, "steps": fewer}
     for s, step in enumerate(steps):
         for plainer in (Step(), *_plainer(step)):
             yield {"steps": (*steps[:s], plainer, *steps[s + 1 :])}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis.vendor.pretty import pretty
 
 from properties import case as case_module
 from properties.case import Case, CaseError, Patch, Row, Step
@@ -53,6 +54,7 @@ def test_the_example_sets_every_field() -> None:
 def test_repr_is_a_constructor_call() -> None:
     assert eval(repr(EVERY_FIELD_SET)) == EVERY_FIELD_SET
     assert repr(Case()) == "Case()"
+    assert pretty(Case(head_dim=80)) == "Case(head_dim=80)"
     assert repr(Case(rows=(Row(new=(17,)),))) == "Case(rows=(Row(new=(17,)),))"
 
 

@@ -51,7 +51,7 @@ def test_overflow_begins_one_slot_past_the_limit(limit: int, overflows: bool) ->
 
 
 def test_peek_stores_nothing_and_never_overflows() -> None:
-    case = Case(rows=(Row(new=(3, 3)),), steps=(Step(update_cache=False), Step()), cache_max_len=3)
+    case = Case(rows=(Row(new=(3, 2)),), steps=(Step(update_cache=False), Step()), cache_max_len=2)
     peek, append = outline(case)
 
     assert (peek.overflow_row, peek.stores, peek.has_cache) == (None, False, False)
@@ -173,13 +173,14 @@ def test_alone_keeps_the_numbers_and_the_widths_of_a_row() -> None:
 
 
 def test_permuted_rows_carry_their_patches() -> None:
-    patches = (Patch("value", 1, 2, 1, 3, "inf"),)
-    case = variants.permuted(Case(**{**vars(RAGGED), "patches": patches}), (1, 0))
+    rows = (Row(uid=1), Row(uid=2), Row(uid=3))
+    case = Case(rows=rows, patches=(Patch("value", 2, 0, 0, 3, "inf"),), cache_max_len=1)
+    permuted = variants.permuted(case, (1, 2, 0))
 
-    assert case.rows == RAGGED.rows[::-1]
-    assert case.patches[0].row == 0
-    with pytest.raises(ValueError, match="order must be a permutation of 2 rows"):
-        variants.permuted(case, (0, 0))
+    assert permuted.rows == (rows[1], rows[2], rows[0])
+    assert permuted.patches[0].row == 1
+    with pytest.raises(ValueError, match="order must be a permutation of 3 rows"):
+        variants.permuted(case, (0, 0, 1))
 
 
 def test_repeated_heads_hold_the_numbers_of_their_group() -> None:

@@ -89,7 +89,7 @@ def cases(
     }
     fields |= _slots(draw, schedule, overflow)
     fields |= _layouts(draw, fields)
-    fields |= _numbers(draw, tuple(families))
+    fields |= numbers(draw, tuple(families))
     if non_finite and schedule.rows:
         fields |= {"patches": _patches(draw, fields)}
     return Case(**fields)
@@ -220,7 +220,7 @@ def _layouts(draw: Draw, fields: Fields) -> Fields:
     }
 
 
-def _numbers(draw: Draw, families: tuple[str, ...]) -> Fields:
+def numbers(draw: Draw, families: tuple[str, ...]) -> Fields:
     """The family, and the scale and gain that go with it."""
     values = choose(draw, "values", families)
     scale = choose(draw, "scale", _SCALES)

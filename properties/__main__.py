@@ -1,0 +1,152 @@
+"""``python -m properties``: check a kernel against the laws, replay failures, keep them as regressions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from properties import subjects, verify
+from properties.device import DEVICES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        return verify.EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return verify.EXIT_USAGE
+    except (ValueError, OSError, verify.WorkerError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return verify.EXIT_USAGE
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m properties", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("verify", help="check all laws over generated cases")
+    check.add_argument("--profile", choices=list(verify.PROFILES), default="dev")
+    check.add_argument("--law", metavar="NAME", help="only laws whose name contains this")
+    check.add_argument("--max-examples", type=_positive, metavar="N", help="cases for each law")
+    check.add_argument("--seconds", type=_seconds, metavar="S", help="time of the whole run")
+    check.add_argument("--seed", type=int, metavar="N", help="draw the same cases again")
+    check.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    check.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
+    check.add_argument(
+        "--case-seconds", type=_seconds, default=20.0, metavar="S", help="a case that runs longer is a hang"
+    )
+    _common(check)
+    check.set_defaults(run=_verify)
+
+    again = commands.add_parser("replay", help="run stored cases again")
+    again.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    _common(again)
+    again.set_defaults(run=_replay)
+
+    keep = commands.add_parser("promote", help="keep a stored case as a regression that every run replays")
+    keep.add_argument("file", type=Path, metavar="FILE")
+    keep.add_argument("--story", required=True, metavar="TEXT", help="what the case shows, in a sentence")
+    keep.set_defaults(run=_promote)
+
+    names = commands.add_parser("laws", help="list the laws")
+    names.set_defaults(run=_laws)
+    kernels = commands.add_parser("subjects", help="list the kernels that come with the suite")
+    kernels.set_defaults(run=_subjects)
+    probe = commands.add_parser("probe", help="identify the arithmetic of this machine's matrix units")
+    probe.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    probe.set_defaults(run=_probe)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--subject",
+        default=subjects.DEFAULT,
+        metavar="SPEC",
+        help="kernel under test: flashcore, or package.module:function",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e7:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    options = verify.Options(
+        profile=arguments.profile,
+        law=arguments.law,
+        max_examples=arguments.max_examples,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        device=arguments.device,
+        subject=arguments.subject,
+        json_path=arguments.json,
+        case_seconds=arguments.case_seconds,
+    )
+    workers, gpus = verify.workers_for(arguments.device, arguments.workers)
+    return verify.verify(replace(options, workers=workers, gpus=gpus))
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from properties.replaying import replay
+
+    return replay(arguments.files, arguments.subject, arguments.device)
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from properties.replaying import promote
+
+    print(promote(arguments.file, arguments.story))
+    return 0
+
+
+def _laws(arguments: argparse.Namespace) -> int:
+    del arguments
+    from properties import device, laws
+
+    device.choose()
+    for name, law in laws.discover().items():
+        print(f"{name}\n    {law.sentence}")
+    return 0
+
+
+def _subjects(arguments: argparse.Namespace) -> int:
+    del arguments
+    print("flashcore                                             the kernels of this project")
+    print("properties.subjects.naive:attention_with_kv_cache     plain PyTorch: an example of somebody else's kernel")
+    print("properties.subjects.broken:attention_with_kv_cache    the same with one fault: phantom keys")
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    try:
+        probe = importlib.import_module("properties.probe")
+    except ImportError:
+        raise ValueError("probe is not part of this version") from None
+    return int(probe.main(arguments.rest) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What was seen while a law ran: cases, the worst use of the budget, the regions of the input space reached.
+
+Cheap enough to be always on: a few additions to numbers a case.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from properties.assertions import Expected, Got, Utilisation
+
+NoisePool = Callable[[Got, Expected], None]
+
+
+@dataclass
+class Tally:
+    """The sums of one law.
+
+    Attributes:
+        cases: cases tried.
+        calls: calls of the kernel compared with the reference.
+        unsupported: cases the subject has no function for; they prove nothing and are reported.
+        worst: largest error over budget seen.
+        regions: how many cases reached each named region.
+    """
+
+    cases: int = 0
+    calls: int = 0
+    unsupported: int = 0
+    worst: Utilisation = field(default_factory=Utilisation)
+    regions: Counter[str] = field(default_factory=Counter)
+
+    def __iadd__(self, other: Tally) -> Tally:
+        """Add the sums of another run of the same law."""
+        self.cases += other.cases
+        self.calls += other.calls
+        self.unsupported += other.unsupported
+        self.worst |= other.worst
+        self.regions.update(other.regions)
+        return self
+
+
+class Recorder:
+    """Where runs report to. There is one, ``recorder``; whoever runs a law gives it a fresh tally."""
+
+    def __init__(self) -> None:
+        """Start with a tally that nobody reads, so that reporting always works."""
+        self.tally = Tally()
+        self.noise_pool: NoisePool | None = None
+
+    def start(self) -> Tally:
+        """Begin a law: everything from now on is added to the tally returned."""
+        self.tally = Tally()
+        return self.tally
+
+    def compared(self, got: Got, expected: Expected, used: Utilisation) -> None:
+        """One call was within its budget."""
+        self.tally.calls += 1
+        self.tally.worst |= used
+        if self.noise_pool is not None:
+            self.noise_pool(got, expected)
+
+    def reached(self, regions: Iterable[str]) -> None:
+        """One case reached these regions."""
+        self.tally.regions.update(set(regions))
+
+
+recorder = Recorder()

@@ -1,0 +1,61 @@
+"""flashcore itself, and what its tuning says about the tiles of a call."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+import flashcore
+from flashcore.fast import buffers, tuning
+from properties.case import Case
+from properties.subjects import DEFAULT, Subject
+from references.arithmetic_model import AMPERE, BLACKWELL, HOPPER, INTERPRETER, ArithmeticModel
+from references.tiling import Tiles, tiling
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def forced(case: Case) -> AbstractContextManager[None]:
+    """Force the case's split size; its tiles are arguments of the call."""
+    return tuning.forced(kv_split_size=case.kv_split_size)
+
+
+def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
+    """The tiles of one row, as the launch plan cuts them; call inside ``forced``."""
+    plan = tuning.plan(
+        q_len=q_len,
+        group_size=case.group_size,
+        head_dim=case.head_dim,
+        dtype=_DTYPES[case.dtype],
+        block_m=case.block_m,
+        block_n=case.block_n,
+    )
+    if case.op == "attention" and case.is_causal:
+        # The last keys, as many as there are queries, are treated like new tokens.
+        new = min(q_len, cached)
+        cached -= new
+    return tiling(cached, new, plan.block_n, plan.split_size(cached))
+
+
+def model(device: str) -> ArithmeticModel:
+    """The arithmetic of the device's tensor cores, or of the interpreter."""
+    if device == "cpu":
+        return INTERPRETER
+    major, _ = torch.cuda.get_device_capability()
+    return {8: AMPERE, 9: HOPPER}.get(major, BLACKWELL)
+
+
+def subject() -> Subject:
+    """The shipped kernels."""
+    return Subject(
+        spec=DEFAULT,
+        attention_with_kv_cache=flashcore.attention_with_kv_cache,
+        attention=flashcore.attention,
+        make_cache=flashcore.KVCache,
+        overflow_error=flashcore.CacheOverflowError,
+        allocators=(buffers,),
+        forced=forced,
+        tiles=tiles,
+        model=model,
+    )

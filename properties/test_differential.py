@@ -1,0 +1,48 @@
+"""A kernel computes what the references compute, and touches nothing else."""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from properties.assertions import assert_same_outputs
+from properties.case import Case
+from properties.checking import assert_no_findings, check_values
+from properties.runner import run
+from properties.strategies import cases
+
+
+@given(case=cases())
+def test_output_and_lse_lie_within_the_error_budget_at_every_step(case: Case) -> None:
+    check_values(run(case))
+
+
+@given(case=cases())
+def test_nothing_invisible_is_read(case: Case) -> None:
+    """NaN in unused slots, padding, gaps and fresh memory changes no bit of any result."""
+    poisoned, clean = run(case).outputs, run(case, poisoned=False).outputs
+
+    assert_same_outputs(poisoned, clean, "the poisoned and the clean run")
+
+
+@given(case=cases())
+def test_nothing_else_is_written(case: Case) -> None:
+    """Inputs, lengths, guards, gaps and every slot but the new ones keep their bytes."""
+    made = run(case)
+
+    assert_no_findings(made, ["inputs", "cache", "guard"])
+
+
+@given(case=cases())
+def test_append_stores_bit_exact_copies(case: Case) -> None:
+    """The returned cache holds the old tokens, then the new ones, and says how many."""
+    made = run(case)
+
+    assert_no_findings(made, ["append", "lengths"])
+
+
+@given(case=cases())
+def test_overflow_is_all_or_nothing(case: Case) -> None:
+    """A call raises exactly when a row passes cache_max_len, and then no byte has changed."""
+    made = run(case)
+
+    assert_no_findings(made, ["overflow", "raised", "cache", "inputs"])

@@ -1,0 +1,69 @@
+"""A kernel that dies or hangs is a failing case like any other: found, reduced, stored, and the run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from properties.case import Case, Row
+from properties.journal import Journal
+from tests.command_line import properties
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "words"),
+    [
+        ("aborts", "crash", "the process was killed by SIGABRT"),
+        ("reads_far_outside", "crash", "the process was killed by SIGSEGV"),
+        ("hangs", "hang", "did not return within 4 s"),
+    ],
+)
+def test_death_is_a_verdict_with_a_small_case(kernel: str, kind: str, words: str, tmp_path: Path) -> None:
+    done = properties(
+        "verify",
+        *("--subject", f"tests.faulty_subjects:{kernel}", "--law", "append_stores"),
+        *("--seconds", 60, "--case-seconds", 4, "--seed", 2, "-n", 1, "--json", "result.json"),
+        folder=tmp_path,
+    )
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert words in done.stdout
+    assert "  replay: python -m properties replay fixtures/candidates/" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    failure = json.loads((tmp_path / "result.json").read_text())["laws"][0]["failure"]
+    assert failure["kind"] == kind
+    rows = failure["case"]["rows"]
+    assert len(rows) == 1
+    assert rows[0]["cached"] + sum(rows[0]["new"]) == 17
+    assert failure["case"]["head_dim"] == 1
+    assert failure["case"]["values"] == "zeros"
+
+
+def test_the_journal_tells_another_process_what_is_running(tmp_path: Path) -> None:
+    writer, reader = Journal(tmp_path / "journal"), Journal(tmp_path / "journal")
+    case = Case(rows=(Row(0, (17,)),))
+    assert not reader.read().running
+
+    writer.begin("law", case.to_json(), 0.5, 0.25)
+    entry = reader.read()
+    assert (entry.running, entry.cases, entry.law) == (True, 1, "law")
+    assert (entry.worst_out, entry.worst_lse) == (0.5, 0.25)
+    assert Case.from_json(entry.case_json) == case
+    assert 0 <= time.monotonic() - entry.began < 60
+
+    writer.end()
+    assert not reader.read().running
+    for journal in (writer, reader):
+        journal.close()
+
+
+def test_a_case_too_large_for_the_journal_is_not_half_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.begin("law", "x" * (1 << 21))
+
+    assert journal.read().case_json == ""
+    assert journal.read().running
+    journal.close()
