@@ -395,9 +395,9 @@ class Verification:
     def _report(self, interrupted: bool) -> None:
         lines = []
         for name, r in self.results.items():
-            worst = r.tally.worst if r.tally.calls or r.failure is not None else None
-            shares = (None, None) if worst is None else (worst.out, worst.lse)
-            lines.append(Line(name, r.tally.cases, *shares, r.seconds, r.verdict))
+            compared = r.tally.calls > 0
+            out, lse = (r.tally.worst.out, r.tally.worst.lse) if compared else (None, None)
+            lines.append(Line(name, r.tally.cases, out, lse, r.seconds, r.verdict))
         seconds = time.monotonic() - self.began
         if lines:
             self.progress.say("\n" + table(lines))
