@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def _remembering(nodeid: str, check: Callable[..., None]) -> Callable[..., None]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Store the case of a law that failed, and print what to run, as verify does."""
     report: Any = yield
     if call.when == "call" and call.excinfo is not None and item.nodeid in _failing_cases:

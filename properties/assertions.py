@@ -312,7 +312,7 @@ def assert_same_bits(first: Got, second: Got, what: str = "the two runs") -> Non
     if first.out.size == 0:
         raise ValueError("the selections must have elements, got nothing to compare")
     for got in (first, second):
-        unwritten = np.argwhere(got.out == got.fresh) if got.fresh is not None else ()
+        unwritten = np.argwhere(np.full(got.out.shape, got.fresh is not None) & (got.out == got.fresh))
         if len(unwritten):
             place = got.place(tuple(int(i) for i in unwritten[0]))
             report = (

@@ -25,8 +25,8 @@ class Line:
 
     law: str
     cases: int
-    worst_out: float
-    worst_lse: float
+    worst_out: float | None
+    worst_lse: float | None
     seconds: float
     verdict: str
 
@@ -100,6 +100,10 @@ class Progress:
             self._live = None
 
 
+def _share(worst: float | None) -> str:
+    return "bits" if worst is None else f"{worst:.3f}"
+
+
 def table(lines: Sequence[Line]) -> str:
     """The final table, in plain text."""
     header = ("law", "cases", "error/budget out", "lse", "time", "verdict")
@@ -107,8 +111,8 @@ def table(lines: Sequence[Line]) -> str:
         (
             line.law.replace("_", " "),
             str(line.cases),
-            f"{line.worst_out:.3f}",
-            f"{line.worst_lse:.3f}",
+            _share(line.worst_out),
+            _share(line.worst_lse),
             f"{line.seconds:.1f} s",
             line.verdict,
         )

@@ -19,6 +19,7 @@ from properties.exploring import Assignment, Failure, Outcome
 from properties.pool import Answer, Death, Pool, Worker, WorkerError
 from properties.progress import Line, Moment, Progress, table
 from properties.recorder import Tally
+from properties.strategies import REGIONS
 from properties.worker import Check, Save
 
 __all__ = ["PROFILES", "Options", "WorkerError", "verify", "workers_for"]
@@ -36,6 +37,7 @@ SECONDS_AFTER_FAILURE = 3.0
 SHRINK_AFTER_FAILURE = 3.0
 SIBLING_SECONDS = 8.0
 CRASH_REDUCTION_SECONDS = 25.0
+REGIONS_SHOWN = 6
 # While a hang is being reduced, a case counts as one after ten times what the others took, at least this long (and
 # this long while none has come back); the final case gets the full limit.
 SHORTEST_HANG_SECONDS = 1.0
@@ -391,13 +393,15 @@ class Verification:
         )
 
     def _report(self, interrupted: bool) -> None:
-        lines = [
-            Line(name, r.tally.cases, r.tally.worst.out, r.tally.worst.lse, r.seconds, r.verdict)
-            for name, r in self.results.items()
-        ]
+        lines = []
+        for name, r in self.results.items():
+            compared = r.tally.calls > 0
+            out, lse = (r.tally.worst.out, r.tally.worst.lse) if compared else (None, None)
+            lines.append(Line(name, r.tally.cases, out, lse, r.seconds, r.verdict))
         seconds = time.monotonic() - self.began
         if lines:
             self.progress.say("\n" + table(lines))
+        self._report_regions()
         cases = sum(line.cases for line in lines)
         failing = [name for name, r in self.results.items() if r.failure is not None]
         verdict = f"{len(failing)} of {len(lines)} laws fail" if failing else "all laws hold"
@@ -409,6 +413,16 @@ class Verification:
         if self.options.json_path is not None:
             text = json.dumps(self._record(seconds, interrupted), indent=1) + "\n"
             self.options.json_path.write_text(text)
+
+    def _report_regions(self) -> None:
+        """Which named regions of the input space no case of this run lay in."""
+        reached = {region for r in self.results.values() for region, count in r.tally.regions.items() if count}
+        missed = [region for region in REGIONS if region not in reached]
+        if not reached or not missed:
+            return
+        shown = ", ".join(missed[:REGIONS_SHOWN])
+        more = f" and {len(missed) - REGIONS_SHOWN} more" if len(missed) > REGIONS_SHOWN else ""
+        self.progress.say(f"\nregions reached: {len(REGIONS) - len(missed)} of {len(REGIONS)}; not: {shown}{more}")
 
     def _record(self, seconds: float, interrupted: bool) -> dict[str, Any]:
         return {
