@@ -30,7 +30,7 @@ from flashcore.fast.kernels.split_kv import split_kv_attention
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-ROWS = (1, 32, 64, 1024)
+ROWS = (1, 32, 1024)
 """(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
 
 
