@@ -38,8 +38,11 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")  # workers share the cores among them
 
 from properties import device as devices  # noqa: E402 - after the environment is set
+from properties.strategies import sizes  # noqa: E402
 
 DEVICE = devices.choose()
+if DEVICE == "cuda":
+    os.environ.setdefault(sizes.VARIABLE, "large")
 
 # No explain phase: it reruns a failing case many times to say less than the failure's own text does.
 _phases = [phase for phase in Phase if phase is not Phase.explain]

@@ -75,9 +75,12 @@ def main(connection: Connection, setup: Setup) -> None:
 def _serve(connection: Connection, setup: Setup) -> None:
     from properties import device, exploring, laws, saving, subjects
     from properties.journal import Journal
+    from properties.strategies import sizes
 
     try:
         chosen = device.choose(setup.device)
+        if chosen == "cuda":
+            os.environ.setdefault(sizes.VARIABLE, "large")
         import torch
 
         torch.set_num_threads(1)

@@ -35,7 +35,11 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
         # The last keys, as many as there are queries, are treated like new tokens.
         new = min(q_len, cached)
         cached -= new
-    return tiling(cached, new, plan.block_n, plan.split_size(cached))
+    if plan.path == "prefill" or new == 0:
+        return tiling(cached, new, plan.block_n)
+    # The split path folds all new tokens in one tile, after the last split's cached ones.
+    splits = tiling(cached, 0, plan.block_n, plan.split_size(cached))
+    return (*splits[:-1], (*splits[-1], (cached, cached + new)))
 
 
 def model(device: str) -> ArithmeticModel:
