@@ -21,10 +21,15 @@ import numpy as np
 import triton
 import triton.language as tl
 
+_ON = bool(triton.knobs.runtime.interpret)
+
 
 def is_on() -> bool:
-    """Whether kernels decorated now run in the interpreter (``TRITON_INTERPRET=1``)."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether flashcore's kernels run in the interpreter.
+
+    ``TRITON_INTERPRET`` counts at the moment they are decorated: setting it after the import changes nothing.
+    """
+    return _ON
 
 
 def silent_arithmetic() -> AbstractContextManager[None]:
