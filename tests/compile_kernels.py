@@ -33,12 +33,28 @@ DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32
 ROWS = (1, 32, 1024)
 """(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
 
+Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]
 
-def configurations() -> Iterator[tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]]:
-    """Every distinct plan, with the flags that make the largest kernel."""
+
+def plans(dtype: torch.dtype, head_dim: int) -> list[tuning.LaunchPlan]:
+    """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest)."""
+    shapes = {(rows, 1) for rows in ROWS} | {(1, rows) for rows in ROWS}
+    found = {
+        tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype) for q_len, group_size in shapes
+    }
+    return sorted(found, key=str)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every distinct plan, with the flags that make the largest kernel.
+
+    bfloat16 is compiled for the largest head_dim alone: its kernels differ from float16's in the type of the matrix
+    instruction and in one conversion of P, and need the same tiles and registers to within a few.
+    """
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
-        plans = {tuning.plan(q_len=rows, group_size=1, head_dim=head_dim, dtype=dtype) for rows in ROWS}
-        for plan in sorted(plans, key=str):
+        if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
+            continue
+        for plan in plans(dtype, head_dim):
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
                 "WIDE": False, "CAUSAL": True, "APPEND": True,
@@ -84,7 +100,8 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     spills = re.findall(r"\b(?:STL|LDL)\b", assembly)
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
-        "block_n": plan.block_n, "block_d": plan.block_d, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+        "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
+        "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         "registers": int(registers), "spills": len(spills),
         "shared_bytes": compiled.metadata.shared,
     }  # fmt: skip

@@ -102,12 +102,12 @@ def attention(
     batch, _, q_len, head_dim = q.shape
     validation.check_shape("k", k, [batch, k.shape[1], k.shape[2], head_dim], KV_AXES)
     validation.check_shape("v", v, k.shape, "of k")
-    group_size = validation.check_heads(q, k.shape[1], "k")
+    group_size = validation.check_heads("q", q, "k", k.shape[1])
     qk_scale = validation.check_scale(scale, head_dim)
     validation.check_flag("is_causal", is_causal)
     validation.check_flag("return_lse", return_lse)
     block_m, block_n = validation.check_tile("block_m", block_m), validation.check_tile("block_n", block_n)
-    validation.check_device(q)
+    validation.check_device("q", q)
 
     # With a causal mask the last q_len keys are the diagonal, and what comes before is seen by every query,
     # as a cache is. A query before the first key sees nothing: then the offset is negative.
@@ -197,7 +197,7 @@ def attention_with_kv_cache(
     if new_lens is not None:
         validation.check_lengths("new_lens", new_lens, batch, query.device)
     past = _check_cache(past_key_value, seq_lens, query, key, update_cache)
-    validation.check_device(query)
+    validation.check_device("query", query)
 
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     lengths = _Lengths(past, seq_lens, new_lens, batch, q_len, capturing)
@@ -257,7 +257,7 @@ def _check_new_tokens(
     batch, num_q_heads, q_len, head_dim = query.shape
     validation.check_shape("key", key, [batch, key.shape[1], q_len, head_dim], NEW_AXES)
     validation.check_shape("value", value, key.shape, "of key")
-    group_size = validation.check_heads(query, key.shape[1], "key")
+    group_size = validation.check_heads("query", query, "key", key.shape[1])
     validation.check_cross_check("num_query_heads", num_query_heads, num_q_heads, "query")
     validation.check_cross_check("num_kv_heads", num_kv_heads, key.shape[1], "key")
     return group_size
@@ -272,8 +272,10 @@ def _check_cache(
         validation.check_lengths("seq_lens", seq_lens, batch, query.device)
     if past is None:
         return None
-    if not isinstance(past, (tuple, list)) or len(past) != 2:
+    if not isinstance(past, (tuple, list)):
         raise TypeError(f"past_key_value must be a KVCache or a pair (k_cache, v_cache), got {type(past).__name__}")
+    if len(past) != 2:
+        raise ValueError(f"past_key_value must be a KVCache or a pair (k_cache, v_cache), got {len(past)} elements")
     if not isinstance(past, KVCache) and seq_lens is None:
         raise ValueError(
             "seq_lens must be given with a plain (k_cache, v_cache), got None: how many slots are valid cannot be "
@@ -332,6 +334,8 @@ class _Lengths:
             self.bound = None
         elif seq_lens is None and isinstance(past, KVCache) and past.max_len is not None:
             self.bound = past.max_len
+            if not 0 <= past.max_len <= self.capacity:
+                self.read()
         else:
             self.read()
             if isinstance(past, KVCache):
