@@ -30,17 +30,21 @@ from flashcore.fast.kernels.split_kv import split_kv_attention
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-ROWS = (1, 32, 1024)
+ROWS = (1, 16, 32, 1024)
 """(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
 
 Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]
 
 
-def plans(dtype: torch.dtype, head_dim: int) -> list[tuning.LaunchPlan]:
-    """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest)."""
+def plans(dtype: torch.dtype, head_dim: int) -> list[tuple[tuning.LaunchPlan, bool]]:
+    """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest).
+
+    With each, whether its kernel can have a diagonal: a single query sees every new token.
+    """
     shapes = {(rows, 1) for rows in ROWS} | {(1, rows) for rows in ROWS}
     found = {
-        tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype) for q_len, group_size in shapes
+        (tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype), q_len > 1)
+        for q_len, group_size in shapes
     }
     return sorted(found, key=str)
 
@@ -54,10 +58,10 @@ def configurations() -> Iterator[Configuration]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
-        for plan in plans(dtype, head_dim):
+        for plan, causal in plans(dtype, head_dim):
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
-                "WIDE": False, "CAUSAL": True, "APPEND": True,
+                "WIDE": False, "CAUSAL": causal, "APPEND": True,
                 "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
             }  # fmt: skip
             if plan.path == "split":

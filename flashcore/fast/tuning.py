@@ -80,6 +80,12 @@ class _Forced:
 
 
 _forced = _Forced()
+_generation = 0
+
+
+def generation() -> int:
+    """Changes whenever ``forced`` begins or ends: a plan made under another generation may not be reused."""
+    return _generation
 
 
 @contextmanager
@@ -95,15 +101,17 @@ def forced(
     Raises:
         ValueError: kv_split_size is not a positive multiple of 16.
     """
-    global _forced
+    global _forced, _generation
     if kv_split_size is not None and (kv_split_size < 16 or kv_split_size % 16):
         raise ValueError(f"kv_split_size must be a positive multiple of 16, got {kv_split_size}")
     before = _forced
     _forced = _Forced(path, block_m, block_n, kv_split_size)
+    _generation += 1
     try:
         yield
     finally:
         _forced = before
+        _generation += 1
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -148,13 +156,13 @@ def plan(
     may_split = q_len <= split_rows and _forced.path != "prefill"
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d)
-    block_n = block_n or _forced.block_n or _default_block_n(path, block_m, is_float32, block_d)
+    block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
     num_warps = 4 if block_m == 16 and block_d <= 128 and not is_float32 else 8
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
     block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
-    new_ahead = path == "split" and not is_float32 and block_new * block_d <= 2048
+    new_ahead = path == "split" and q_len == 1 and block_m == 16 and not is_float32 and block_d <= 128
     return LaunchPlan(
         path, block_m, block_n, block_new, block_d, new_ahead, kv_split_size, max_splits, num_warps, num_stages
     )
@@ -171,16 +179,13 @@ def _split_rows(is_float32: bool, block_d: int) -> int:
 
 
 def _default_block_m(rows: int, is_float32: bool, block_d: int) -> int:
-    if is_float32:
-        largest = 32 if block_d <= 64 else 16
-    else:
-        largest = {128: 64, 256: 32}.get(block_d, 128)
+    largest = {128: 16, 256: 16}.get(block_d, 32) if is_float32 else {128: 64, 256: 32}.get(block_d, 128)
     return min(max(16, next_power_of_2(max(rows, 1))), largest)
 
 
-def _default_block_n(path: Path, block_m: int, is_float32: bool, block_d: int) -> int:
+def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:
     if is_float32:
-        return 32 if path == "split" and block_d <= 64 else 16
+        return 32 if path == "split" and 16 < block_d <= 64 else 16
     if block_d == 256:
         return 32
-    return 128 if path == "split" and block_m == 16 and block_d <= 64 else 64
+    return 128 if path == "split" and is_decode and block_d <= 64 else 64
