@@ -7,20 +7,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from properties.case import Case, Row
 from properties.journal import Journal
 from tests.command_line import properties
 
+DEATHS = [
+    ("aborts", "crash", "the process was killed by SIGABRT"),
+    ("reads_far_outside", "crash", "the process was killed by SIGSEGV"),
+    ("hangs", "hang", "did not return within 3 s"),
+]
+if torch.cuda.is_available():
+    DEATHS.append(("loses_the_context", "crash", "the kernel destroyed the CUDA context"))
 
-@pytest.mark.parametrize(
-    ("kernel", "kind", "words"),
-    [
-        ("aborts", "crash", "the process was killed by SIGABRT"),
-        ("reads_far_outside", "crash", "the process was killed by SIGSEGV"),
-        ("hangs", "hang", "did not return within 3 s"),
-    ],
-)
+
+@pytest.mark.parametrize(("kernel", "kind", "words"), DEATHS)
 def test_death_is_a_verdict_with_a_small_case(kernel: str, kind: str, words: str, tmp_path: Path) -> None:
     done = properties(
         "verify",
