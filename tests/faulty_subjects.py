@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from properties.subjects import naive
-from properties.subjects.naive import CacheOverflowError, KVCache
+from properties.subjects.naive import SLOW, CacheOverflowError, KVCache
 
-__all__ = ["CacheOverflowError", "KVCache", "aborts", "hangs", "loses_the_context", "reads_far_outside"]
+__all__ = ["SLOW", "CacheOverflowError", "KVCache", "aborts", "hangs", "loses_the_context", "reads_far_outside"]
 
 
 def _until_17_keys(act: Callable[[], None]) -> Callable[..., Any]:
