@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from flashcore.errors import CacheOverflowError
 from flashcore.fast import buffers
+
+if TYPE_CHECKING:
+    from flashcore.fast.relaunch import Relaunch
 
 
 class KVCache(tuple[Tensor, Tensor]):
@@ -26,7 +32,9 @@ class KVCache(tuple[Tensor, Tensor]):
     seq_lens: Tensor
     max_len: int | None
     fault: Tensor
+    _fault_view: memoryview[int]
     _arrivals: Tensor | None
+    _relaunches: dict[Hashable, Relaunch]
 
     def __new__(
         cls,
@@ -50,7 +58,10 @@ class KVCache(tuple[Tensor, Tensor]):
         self.seq_lens = seq_lens
         self.max_len = max_len
         self.fault = _new_fault(k_cache.device) if like is None else like.fault
-        self._arrivals = None if like is None else like._arrivals
+        if like is not None and like[0] is k_cache and like[1] is v_cache:
+            self._fault_view, self._arrivals, self._relaunches = like._fault_view, like._arrivals, like._relaunches
+        else:
+            self._fault_view, self._arrivals, self._relaunches = self.fault.numpy().data, None, {}
         return self
 
     @classmethod
@@ -83,6 +94,24 @@ class KVCache(tuple[Tensor, Tensor]):
             self._arrivals = counters
         return self._arrivals
 
+    def appended(self, seq_lens: Tensor, max_len: int) -> KVCache:
+        """The same buffers with the lengths after a call."""
+        return KVCache(self[0], self[1], seq_lens, max_len=max_len, like=self)
+
+    def repeat(self, key: Hashable) -> Relaunch | None:
+        """The launch of an earlier call on these buffers with the same ``relaunch.key_of``."""
+        return self._relaunches.get(key)
+
+    def remember(self, key: Hashable, relaunch: Relaunch) -> None:
+        """Keep a launch for later calls; a handful, since each keeps its scratch."""
+        if len(self._relaunches) >= 8:
+            self._relaunches.clear()
+        self._relaunches[key] = relaunch
+
+    def has_fault(self) -> bool:
+        """Whether the device has reported something for ``raise_known_faults`` to raise."""
+        return bool(self._fault_view[0] or self._fault_view[1])
+
     def check(self) -> None:
         """Wait for the device and raise what it found that the host could not check beforehand.
 
@@ -97,6 +126,8 @@ class KVCache(tuple[Tensor, Tensor]):
 
     def raise_known_faults(self) -> None:
         """Raise what the device has reported so far; does not wait for it."""
+        if not self.has_fault():
+            return
         overflow, bad_length = self.fault.tolist()
         if overflow:
             self.fault.zero_()

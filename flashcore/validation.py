@@ -29,6 +29,8 @@ def check_tensor(name: str, value: object, axes: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {axes}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions {axes}, got shape {list(value.shape)}")
     if value.dtype not in DTYPES:
@@ -55,30 +57,30 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int], axes: str) ->
         raise ValueError(f"{name} must have shape {axes} = {list(expected)}, got {list(value.shape)}")
 
 
-def check_heads(query: Tensor, num_kv_heads: int, key_name: str) -> int:
+def check_heads(query_name: str, query: Tensor, key_name: str, num_kv_heads: int) -> int:
     """The group size: query heads a kv head."""
     num_q_heads, head_dim = query.shape[1], query.shape[3]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"query must have a head_dim from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"{query_name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if num_kv_heads < 1:
         raise ValueError(f"{key_name} must have at least one head, got {num_kv_heads}")
     if num_q_heads < 1 or num_q_heads % num_kv_heads != 0:
         raise ValueError(
-            f"query must have a multiple of the {num_kv_heads} heads of {key_name}, got {num_q_heads} heads"
+            f"{query_name} must have a multiple of the {num_kv_heads} heads of {key_name}, got {num_q_heads} heads"
         )
     return num_q_heads // num_kv_heads
 
 
-def check_device(query: Tensor) -> None:
+def check_device(name: str, query: Tensor) -> None:
     """CUDA, or the CPU with Triton's interpreter on."""
     if query.is_cuda or (query.device.type == "cpu" and interpreter.is_on()):
         return
     if query.device.type == "cpu":
         raise RuntimeError(
-            "query must be on a CUDA device unless Triton's interpreter is on, got cpu; "
+            f"{name} must be on a CUDA device unless Triton's interpreter is on, got cpu; "
             "to run on the CPU set TRITON_INTERPRET=1 in the environment before importing flashcore"
         )
-    raise RuntimeError(f"query must be on a CUDA device, got {query.device}")
+    raise RuntimeError(f"{name} must be on a CUDA device, got {query.device}")
 
 
 def check_tile(name: str, value: object) -> int | None:
@@ -98,6 +100,10 @@ def check_scale(scale: object, head_dim: int) -> float:
         scale = head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, got {scale!r}")
+    try:
+        scale = float(scale)
+    except OverflowError:  # an int beyond every float
+        scale = math.inf if scale > 0 else -math.inf
     with np.errstate(over="ignore"):
         qk_scale = float(np.float32(np.float32(scale) * np.float32(LOG2_E)))
     if not math.isfinite(qk_scale):

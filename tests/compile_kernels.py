@@ -30,18 +30,38 @@ from flashcore.fast.kernels.split_kv import split_kv_attention
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-ROWS = (1, 32, 64, 1024)
+ROWS = (1, 16, 32, 1024)
 """(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
 
+Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]
 
-def configurations() -> Iterator[tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]]:
-    """Every distinct plan, with the flags that make the largest kernel."""
+
+def plans(dtype: torch.dtype, head_dim: int) -> list[tuple[tuning.LaunchPlan, bool]]:
+    """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest).
+
+    With each, whether its kernel can have a diagonal: a single query sees every new token.
+    """
+    shapes = {(rows, 1) for rows in ROWS} | {(1, rows) for rows in ROWS}
+    found = {
+        (tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype), q_len > 1)
+        for q_len, group_size in shapes
+    }
+    return sorted(found, key=str)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every distinct plan, with the flags that make the largest kernel.
+
+    bfloat16 is compiled for the largest head_dim alone: its kernels differ from float16's in the type of the matrix
+    instruction and in one conversion of P, and need the same tiles and registers to within a few.
+    """
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
-        plans = {tuning.plan(q_len=rows, group_size=1, head_dim=head_dim, dtype=dtype) for rows in ROWS}
-        for plan in sorted(plans, key=str):
+        if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
+            continue
+        for plan, causal in plans(dtype, head_dim):
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
-                "WIDE": False, "CAUSAL": True, "APPEND": True,
+                "WIDE": False, "CAUSAL": causal, "APPEND": True,
                 "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
             }  # fmt: skip
             if plan.path == "split":
@@ -84,7 +104,8 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     spills = re.findall(r"\b(?:STL|LDL)\b", assembly)
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
-        "block_n": plan.block_n, "block_d": plan.block_d, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+        "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
+        "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         "registers": int(registers), "spills": len(spills),
         "shared_bytes": compiled.metadata.shared,
     }  # fmt: skip

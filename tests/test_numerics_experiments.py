@@ -17,7 +17,7 @@ from properties.numerics.precision_faults import (
 )
 from properties.numerics.report import publish
 from properties.numerics.validate import FORMATS, MODELS, Experiment, main, measure, plan, utilisation
-from references.arithmetic_model import HOPPER
+from references.arithmetic_model import BLACKWELL, HOPPER, INTERPRETER, PERMISSIVE, ArithmeticModel
 from references.noise import BASELINES, NoisePool, baseline_chi, predicted_sigma
 from references.simulator import FAULTS, Fault, simulate
 
@@ -37,6 +37,24 @@ def test_the_gate_holds_and_is_nearly_attained() -> None:
         worst[experiment.fmt] = max(worst[experiment.fmt], outcome.out.max())
     assert worst["float16"] >= 0.9
     assert worst["bfloat16"] >= 0.9
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        PERMISSIVE,
+        BLACKWELL,
+        ArithmeticModel.from_json((BASELINES.parent / "models" / "nvidia_h200.json").read_text()),
+        dataclasses.replace(HOPPER, name="Hopper merging by lse", merge="lse"),
+        dataclasses.replace(INTERPRETER, name="row sum from P", row_sum_from_p=True),
+    ],
+    ids=lambda model: model.name,
+)
+def test_the_gate_holds_for_other_arithmetics(model: ArithmeticModel) -> None:
+    for experiment in plan(60_000, seed=11):
+        outcome = measure(experiment, model, with_alarm=False)
+        assert outcome.out.max() <= 1, experiment
+        assert outcome.lse.max() <= 1, experiment
 
 
 def test_the_gate_is_violated_by_a_kernel_that_truncates_p() -> None:

@@ -21,10 +21,15 @@ import numpy as np
 import triton
 import triton.language as tl
 
+_ON = bool(triton.knobs.runtime.interpret)
+
 
 def is_on() -> bool:
-    """Whether kernels decorated now run in the interpreter (``TRITON_INTERPRET=1``)."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether flashcore's kernels run in the interpreter.
+
+    ``TRITON_INTERPRET`` counts at the moment they are decorated: setting it after the import changes nothing.
+    """
+    return _ON
 
 
 def silent_arithmetic() -> AbstractContextManager[None]:
@@ -39,7 +44,7 @@ def widen(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def narrow(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """float32 to bfloat16 bit patterns (uint16), rounded to nearest, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
     quiet_nan = (bits >> 16) | np.uint32(0x0040)
     return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)

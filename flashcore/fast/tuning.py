@@ -15,7 +15,7 @@ import torch
 
 Path = Literal["split", "prefill"]
 
-SPLIT_ROWS = 64
+SPLIT_ROWS = 32
 """Calls with at most this many (query, head) rows a kv head split the keys; longer ones have tiles enough."""
 
 WIDE_SPLIT_ROWS = 16
@@ -80,6 +80,12 @@ class _Forced:
 
 
 _forced = _Forced()
+_generation = 0
+
+
+def generation() -> int:
+    """Changes whenever ``forced`` begins or ends: a plan made under another generation may not be reused."""
+    return _generation
 
 
 @contextmanager
@@ -95,15 +101,17 @@ def forced(
     Raises:
         ValueError: kv_split_size is not a positive multiple of 16.
     """
-    global _forced
+    global _forced, _generation
     if kv_split_size is not None and (kv_split_size < 16 or kv_split_size % 16):
         raise ValueError(f"kv_split_size must be a positive multiple of 16, got {kv_split_size}")
     before = _forced
     _forced = _Forced(path, block_m, block_n, kv_split_size)
+    _generation += 1
     try:
         yield
     finally:
         _forced = before
+        _generation += 1
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -144,32 +152,40 @@ def plan(
     block_d = padded_head_dim(head_dim)
     is_float32 = dtype == torch.float32
     # The split kernel holds all new tokens in one tile.
-    split_rows = WIDE_SPLIT_ROWS if is_float32 or block_d == 256 else SPLIT_ROWS
+    split_rows = _split_rows(is_float32, block_d)
     may_split = q_len <= split_rows and _forced.path != "prefill"
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
-    block_m = (
-        block_m or _forced.block_m or min(max(16, next_power_of_2(max(rows, 1))), _max_block_m(is_float32, block_d))
-    )
-    block_n = block_n or _forced.block_n or _default_block_n(path, is_float32, block_d)
+    block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d)
+    block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
-    # Wider blocks spill registers with 4 warps; tests/test_compiles.py watches it.
-    num_warps = 8 if block_m * block_d > 16 * (64 if is_float32 else 256) else 4
+    num_warps = 4 if block_m == 16 and block_d <= 128 and not is_float32 else 8
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
     block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
-    new_ahead = path == "split" and not is_float32 and block_new * block_d <= 2048
+    new_ahead = path == "split" and q_len == 1 and block_m == 16 and not is_float32 and block_d <= 128
     return LaunchPlan(
         path, block_m, block_n, block_new, block_d, new_ahead, kv_split_size, max_splits, num_warps, num_stages
     )
 
 
-def _max_block_m(is_float32: bool, block_d: int) -> int:
-    if is_float32 or block_d == 256:
+# The tables below are the largest tiles that spill no register on sm_80, sm_90 and sm_100 (tests/test_compiles.py);
+# among those, the fastest measured on Hopper.
+
+
+def _split_rows(is_float32: bool, block_d: int) -> int:
+    if is_float32:
+        return 0 if block_d == 256 else WIDE_SPLIT_ROWS
+    return WIDE_SPLIT_ROWS if block_d == 256 else SPLIT_ROWS
+
+
+def _default_block_m(rows: int, is_float32: bool, block_d: int) -> int:
+    largest = {128: 16, 256: 16}.get(block_d, 32) if is_float32 else {128: 64, 256: 32}.get(block_d, 128)
+    return min(max(16, next_power_of_2(max(rows, 1))), largest)
+
+
+def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:
+    if is_float32:
+        return 32 if path == "split" and 16 < block_d <= 64 else 16
+    if block_d == 256:
         return 32
-    return 128
-
-
-def _default_block_n(path: Path, is_float32: bool, block_d: int) -> int:
-    if is_float32 or block_d == 256:
-        return 16 if is_float32 and block_d == 256 else 32
-    return 128 if path == "split" and block_d <= 64 else 64
+    return 128 if path == "split" and is_decode and block_d <= 64 else 64

@@ -184,14 +184,14 @@ def noise_of(verdicts: Verdicts, model: ArithmeticModel, fmt: str) -> tuple[str,
     return f"chi {'/'.join(chis)}, z {statistics.bias:+.1f}, r {statistics.largest:.3g}", alarms
 
 
-def row(fault: Fault, fmt: str, model: ArithmeticModel) -> tuple[str, bool, bool]:
+def row(fault: Fault | None, fmt: str, model: ArithmeticModel) -> tuple[str, bool, bool]:
     """A table row, whether anything caught the fault, and whether anything did on N(0, 1) alone."""
     gaussian = look(fault, fmt, model, [("gauss", n) for n in GAUSSIAN_LENGTHS])
     probes = look(fault, fmt, model, [(family, n) for family in PROBES for n in PROBE_LENGTHS])
     lattice = sum(lattice_differs(fault, fmt, model, seed) for seed in range(LATTICE_CASES))
     figures, noise = noise_of(gaussian, model, fmt)
     cells = [
-        fault,
+        fault or "none (clean)",
         *(f"{gaussian.objections[name]}" for name in ORACLES),
         f"**{figures}**" if noise else figures,
         *(f"{probes.objections[name]} ({probes.worst[name]:.3g})" for name in ORACLES),
@@ -232,6 +232,7 @@ def table(fmt: str, faults: Iterable[Fault]) -> tuple[list[str], list[str], list
         + " |",
         "|---|" + "--:|" * 3 + "---|" + "--:|" * (4 + len(RIVALS)),
     ]
+    lines.append(row(None, fmt, MODELS["Hopper"])[0])
     missed: list[str] = []
     missed_on_gaussian: list[str] = []
     for fault in faults:

@@ -72,7 +72,7 @@ def cases(
     tile, split = block_n or 16, kv_split_size or 64
     cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
     rows = rows_from(drafts, exchanges, len(steps), cached, new)
-    keys_include_queries = not rarely(draw, "keys beside the queries'", 4)
+    keys_include_queries = not rarely(draw, "keys beside the queries'", 3)
     if plain:
         steps = (Step(),)
         rows = tuple(_attention_row(rows[0], row.uid, keys_include_queries) for row in rows)
@@ -133,15 +133,15 @@ class _Schedule:
         return sum(call.q_len + kv_len for call in self.calls for kv_len in call.kv_lens)
 
     def within(self, max_tiles: int) -> _Schedule:
-        """Drop the last steps, then the last rows, then what is cached, until one head fits the limit."""
+        """Drop last rows and last steps, in turn, then what is cached, until one head fits the limit."""
         rows, steps = self.rows, self.steps
         if not rows or self.tiles(1) <= max_tiles:
             return self
-        if len(steps) > 1:
+        if len(rows) > 1 and len(rows) + 1 >= len(steps):
+            rows = rows[:-1]
+        elif len(steps) > 1:
             steps = steps[:-1]
             rows = tuple(replace(row, new=row.new[:-1]) for row in rows)
-        elif len(rows) > 1:
-            rows = rows[:-1]
         elif rows[0].cached:
             rows = (replace(rows[0], cached=0),)
         else:

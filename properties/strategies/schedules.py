@@ -89,7 +89,7 @@ def draw_steps(draw: Draw, most: int) -> tuple[Step, ...]:
     drafts: list[StepDraft] = []
     while True:
         s = len(drafts)
-        kind = choose(draw, f"steps[{s}].kind", (None,) * 3 + _KINDS)
+        kind = choose(draw, f"steps[{s}].kind", (None,) * 2 + _KINDS)
         if (kind is None and drafts) or s == most:
             return _steps_from(drafts)
         amount = choose(draw, f"steps[{s}].amount", (1, 2, 3, 16, 17))

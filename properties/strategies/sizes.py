@@ -50,7 +50,7 @@ SIZES = {
         splits=(1, 2, 4),
         kv_heads=(1, 2, 3, 4, 5),
         groups=GROUPS,
-        max_tiles=48,
+        max_tiles=24,
         max_elements=1 << 17,
     ),
     "large": Size(

@@ -246,12 +246,13 @@ def row_lengths(
     num_keys = num_new_keys
     lengths_ok = max_cached >= 0
     if HAS_SEQ_LENS:
-        given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq).to(tl.int32)
-        cached = tl.minimum(tl.maximum(given, 0), max_cached)
+        # Clamped before the cast: an int64 length of 2**32 + 1 is out of range, not 1.
+        given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)
+        cached = tl.minimum(tl.maximum(given, 0), max_cached).to(tl.int32)
         lengths_ok = lengths_ok & (cached == given)
     if HAS_NEW_LENS:
-        given = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new).to(tl.int32)
-        num_queries = tl.minimum(tl.maximum(given, 0), q_len)
+        given = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)
+        num_queries = tl.minimum(tl.maximum(given, 0), q_len).to(tl.int32)
         num_keys = num_queries
         lengths_ok = lengths_ok & (num_queries == given)
     return cached, num_keys, num_queries, lengths_ok

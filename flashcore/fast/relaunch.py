@@ -1,0 +1,141 @@
+"""The second decode step and every later one: the launch of the first, with other pointers.
+
+Checking arguments, planning and Triton's own argument binding cost the host ten times what a decode step costs the
+GPU. None of it can come out differently for a call whose shapes, strides, dtypes and options equal those of an earlier
+call on the same buffers: such a call repeats the earlier launch. Whatever could differ (lengths that no longer fit, a
+reported fault, alignment, a graph being recorded, inputs that require grad) is looked at every time, and sends the call
+down the ordinary path, which raises or launches as the contract says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashcore.fast import buffers, tuning
+
+if TYPE_CHECKING:
+    from flashcore.cache import KVCache
+
+
+def key_of(query: Tensor, key: Tensor, value: Tensor, *options: Hashable) -> Hashable:
+    """What decides validation, plan and kernel of a call on given buffers; ``options`` are the other arguments."""
+    return (
+        query.shape, query.stride(), query.dtype, query.device,
+        key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device,
+        tuning.generation(), *options,
+    )  # fmt: skip
+
+
+class Relaunch:
+    """A launch of the split-KV kernel that appended to a ``KVCache``, ready to be repeated.
+
+    Args:
+        kernel: the jit function.
+        compiled: what it launched, or None in the interpreter.
+        arguments: its positional arguments and constexprs, in the order of its signature.
+        launch_options: num_warps and the like.
+        plan: of the call.
+        programs_a_split: grid size divided by the number of splits.
+        cache: the buffers.
+        query: of the call, for shapes.
+        slot_limit: no row may become longer.
+        return_lse: whether the call returns an LSE.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        compiled: Any,
+        arguments: list[Any],
+        launch_options: dict[str, Any],
+        plan: tuning.LaunchPlan,
+        programs_a_split: int,
+        cache: KVCache,
+        query: Tensor,
+        slot_limit: int,
+        return_lse: bool,
+    ) -> None:
+        """Keep what the launch consisted of; tensors as pointers where the launch is repeated directly."""
+        self.kernel = kernel
+        self.compiled = compiled
+        self.launch_options = launch_options
+        self.plan = plan
+        self.programs_a_split = programs_a_split
+        self.slot_limit = slot_limit
+        self.return_lse = return_lse
+        self.device = query.device
+        self.dtype = query.dtype
+        self.out_shape = query.shape
+        self.lse_shape = query.shape[:3]
+        self.lens_shape = cache.seq_lens.shape
+        self.q_len = query.shape[2]
+        self.cache_pointers = (cache[0].data_ptr(), cache[1].data_ptr())
+        self.index = {name: position for position, name in enumerate(kernel.arg_names)}
+        self.arguments = [a.data_ptr() if compiled is not None and isinstance(a, Tensor) else a for a in arguments]
+        rows = [query.shape[0], cache[0].shape[1], plan.num_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
+        rows[3] *= self.q_len
+        self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
+        self.partials: tuple[Tensor, ...] | None = None
+        self.arrivals = rows[0] * rows[1] * -(-rows[3] // plan.block_m)
+
+    def __call__(
+        self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, KVCache] | tuple[Tensor, KVCache, Tensor] | None:
+        """Repeat the launch for these tensors, or return None if the ordinary path has to look at the call."""
+        bound, lens = past.max_len, past.seq_lens
+        if bound is None or bound + self.q_len > self.slot_limit or past.has_fault():
+            return None
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), lens.data_ptr())
+        if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) % 16 or self.cache_pointers != (
+            past[0].data_ptr(), past[1].data_ptr(),
+        ):  # fmt: skip
+            return None
+        if lens.dtype != torch.int32 or lens.shape != self.lens_shape or not lens.is_contiguous():
+            return None
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return None
+        if self.compiled is not None and (
+            torch.cuda.is_current_stream_capturing() or torch.cuda.current_device() != self.device.index
+        ):
+            return None
+
+        out = buffers.empty(self.out_shape, self.dtype, self.device)
+        lse = buffers.empty(self.lse_shape, torch.float32, self.device) if self.return_lse else None
+        lens_out = buffers.empty(self.lens_shape, torch.int32, self.device)
+        named: dict[str, Tensor | int] = {
+            "out_ptr": out, "seq_lens_out_ptr": lens_out, "q_ptr": query, "k_new_ptr": key, "v_new_ptr": value,
+            "seq_lens_ptr": lens, "max_cached": bound,
+        }  # fmt: skip
+        if lse is not None:
+            named["lse_ptr"] = lse
+        grid_splits = self.plan.num_splits(bound)
+        named["grid_splits"] = grid_splits
+        if grid_splits > 1:
+            if self.partials is None:
+                # Kept for later steps: two launches at once on one lineage would already race for the same slots.
+                self.partials = tuple(buffers.empty(s, torch.float32, self.device) for s in self.partial_shapes)
+            named["partial_out_ptr"], named["partial_m_ptr"], named["partial_l_ptr"] = self.partials
+            named["arrivals_ptr"] = past.arrival_counters(self.arrivals)
+        arguments = self.arguments.copy()
+        self._launch(grid_splits * self.programs_a_split, arguments, named)
+        cache = past.appended(lens_out, bound + self.q_len)
+        return (out, cache) if lse is None else (out, cache, lse)
+
+    def _launch(self, programs: int, arguments: list[Any], named: dict[str, Tensor | int]) -> None:
+        index = self.index
+        if self.compiled is None:
+            for name, argument in named.items():
+                arguments[index[name]] = argument
+            self.kernel[(programs,)](*arguments, **self.launch_options)
+            return
+        for name, argument in named.items():
+            arguments[index[name]] = argument.data_ptr() if isinstance(argument, Tensor) else argument
+        compiled = self.compiled
+        stream = triton.runtime.driver.active.get_current_stream(self.device.index)
+        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
