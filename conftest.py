@@ -41,8 +41,6 @@ from properties import device as devices  # noqa: E402 - after the environment i
 from properties.strategies import sizes  # noqa: E402
 
 DEVICE = devices.choose()
-if DEVICE == "cuda":
-    os.environ.setdefault(sizes.VARIABLE, "large")
 
 # No explain phase: it reruns a failing case many times to say less than the failure's own text does.
 _phases = [phase for phase in Phase if phase is not Phase.explain]
@@ -62,11 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
     from properties import subjects
 
     spec = config.getoption("--subject")
-    if spec is not None:
-        try:
-            subjects.activate(spec)
-        except subjects.SubjectError as error:
-            raise pytest.UsageError(str(error)) from None
+    try:
+        subject = subjects.active() if spec is None else subjects.activate(spec)
+    except subjects.SubjectError as error:
+        raise pytest.UsageError(str(error)) from None
+    if DEVICE == "cuda" and not subject.slow:
+        os.environ.setdefault(sizes.VARIABLE, "large")
 
 
 def pytest_report_header() -> list[str]:

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     check.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
     check.add_argument(
-        "--case-seconds", type=_seconds, default=20.0, metavar="S", help="a case that runs longer is a hang"
+        "--case-seconds", type=_seconds, default=30.0, metavar="S", help="a case that runs longer is a hang"
     )
     _common(check)
     check.set_defaults(run=_verify)

@@ -18,7 +18,7 @@ class Line:
     Attributes:
         law: its name.
         cases: tried.
-        worst_out, worst_lse: largest error over budget; None if the law compares bits only.
+        worst_out, worst_lse: largest error over budget; None if nothing was compared with the references.
         seconds: of worker time.
         verdict: "holds", "FAILS", "not run" ...
     """
@@ -101,7 +101,7 @@ class Progress:
 
 
 def _share(worst: float | None) -> str:
-    return "bits" if worst is None else f"{worst:.3f}"
+    return "-" if worst is None else f"{worst:.3f}"
 
 
 def table(lines: Sequence[Line]) -> str:

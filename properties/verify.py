@@ -83,7 +83,7 @@ class Options:
     json_path: Path | None = None
     workers: int = 1
     gpus: int = 0
-    case_seconds: float = 20.0
+    case_seconds: float = 30.0
     regressions: Path = REGRESSIONS
     candidates: Path = CANDIDATES
     database: str | None = DATABASE
@@ -293,6 +293,7 @@ class Verification:
         if result.failure is not None:
             return
         what = "did not return" if death.kind == "hang" else "killed its process"
+        hint = "; if it is only slow, raise --case-seconds" if death.kind == "hang" else ""
         if death.case is None:
             report = f"the kernel {what}\n  {death.how}, on a case that was not noted"
             result.failure = Failure(death.law, Case(), death.kind, report)
@@ -305,7 +306,7 @@ class Verification:
         else:
             self.progress.say(f"{death.law.replace('_', ' ')}: the kernel {what} ({how}); reducing the case")
             case, how = self._reduce_death(worker, death)
-        failure = Failure(death.law, case, death.kind, f"the kernel {what}\n  {how}\n  case: {describe(case)}")
+        failure = Failure(death.law, case, death.kind, f"the kernel {what}\n  {how}{hint}\n  case: {describe(case)}")
         if known:
             result.failure = failure
         else:
@@ -332,7 +333,8 @@ class Verification:
             patience = 10 * longest if longest else FIRST_HANG_SECONDS
             return dies(case, min(max(patience, SHORTEST_HANG_SECONDS), self.options.case_seconds)) is not None
 
-        small = reduction.reduce(death.case, fails, time.monotonic() + CRASH_REDUCTION_SECONDS)
+        seconds = min(CRASH_REDUCTION_SECONDS, (self.seconds or UNLIMITED) / 4)
+        small = reduction.reduce(death.case, fails, time.monotonic() + seconds)
         confirmed = dies(small, self.options.case_seconds)
         if confirmed is not None:
             return small, confirmed.how

@@ -79,12 +79,12 @@ def _serve(connection: Connection, setup: Setup) -> None:
 
     try:
         chosen = device.choose(setup.device)
-        if chosen == "cuda":
-            os.environ.setdefault(sizes.VARIABLE, "large")
         import torch
 
         torch.set_num_threads(1)
-        subjects.activate(setup.subject)
+        subject = subjects.activate(setup.subject)
+        if chosen == "cuda" and not subject.slow:
+            os.environ.setdefault(sizes.VARIABLE, "large")
         found = laws.discover()
     except (device.DeviceError, subjects.SubjectError, ValueError) as error:
         connection.send(Ready(error=str(error)))

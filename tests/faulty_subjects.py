@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from properties.subjects import naive
-from properties.subjects.naive import CacheOverflowError, KVCache
+from properties.subjects.naive import SLOW, CacheOverflowError, KVCache
 
-__all__ = ["CacheOverflowError", "KVCache", "aborts", "hangs", "reads_far_outside"]
+__all__ = ["SLOW", "CacheOverflowError", "KVCache", "aborts", "hangs", "loses_the_context", "reads_far_outside"]
 
 
 def _until_17_keys(act: Callable[[], None]) -> Callable[..., Any]:
@@ -35,6 +36,12 @@ def _read_far_outside() -> None:
     print(float(far[1]))
 
 
+def _lose_the_context() -> None:
+    """Fail an assertion on the GPU; nothing can be launched in this process any more."""
+    torch.zeros(4, device="cuda")[torch.tensor([1 << 30], device="cuda")]
+
+
 aborts = _until_17_keys(os.abort)
 hangs = _until_17_keys(lambda: time.sleep(1e6))
+loses_the_context = _until_17_keys(_lose_the_context)
 reads_far_outside = _until_17_keys(_read_far_outside)

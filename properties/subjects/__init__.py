@@ -60,6 +60,7 @@ class Subject:
         forced: context in which a case's split size is used.
         tiles: (case, q_len, cached, new) -> the tiles in which it visits the keys of one row, for the error budget.
         model: its arithmetic on "cpu" or "cuda".
+        slow: whether it gets small cases on a GPU too.
     """
 
     spec: str
@@ -71,6 +72,7 @@ class Subject:
     forced: Callable[[Case], AbstractContextManager[Any]] = _unforced
     tiles: Callable[[Case, int, int, int], Tiles] = _unknown_tiles
     model: Callable[[str], ArithmeticModel] = _permissive
+    slow: bool = False
 
 
 def load(spec: str) -> Subject:
@@ -105,6 +107,7 @@ def load(spec: str) -> Subject:
         make_cache=getattr(module, "KVCache", None),
         overflow_error=getattr(module, "CacheOverflowError", RuntimeError),
         allocators=(module,) if callable(getattr(module, "empty", None)) else (),
+        slow=getattr(module, "SLOW", False) is True,
     )
 
 

@@ -12,9 +12,9 @@ import functools
 import torch
 
 from properties.subjects import naive
-from properties.subjects.naive import CacheOverflowError, KVCache, empty
+from properties.subjects.naive import SLOW, CacheOverflowError, KVCache, empty
 
-__all__ = ["CacheOverflowError", "KVCache", "attention", "attention_with_kv_cache", "empty"]
+__all__ = ["SLOW", "CacheOverflowError", "KVCache", "attention", "attention_with_kv_cache", "empty"]
 
 
 def attend_with_phantom_keys(

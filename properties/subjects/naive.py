@@ -7,6 +7,7 @@ without the ones that are missing:
     attention           the function without a cache (cases of that kind are not run without it)
     KVCache             ``KVCache(k_cache, v_cache, seq_lens)``; without it buffers are passed as a tuple with lengths
     CacheOverflowError  what a full cache raises; without it any RuntimeError counts
+    SLOW                True: cases are small on a GPU too
     empty               allocator of outputs and buffers, replaced during a run by one that fills them with NaN
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+SLOW = True
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
 
