@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from properties import device as devices
 from properties.assertions import Expected, Float64Array, Utilisation, assert_shapes, assert_within_budget
@@ -65,7 +66,7 @@ def compare(step: StepRun, expected: Expected) -> Utilisation:
         assert_shapes(step.got, expected)
         return Utilisation()
     used = assert_within_budget(step.got, expected)
-    recorder.compared(step.got, expected, used)
+    recorder.compared(used)
     return used
 
 
@@ -177,6 +178,18 @@ def _with_budgets(
             for name, part in parts.items():
                 terms.setdefault(name, np.zeros_like(like))[real] = part
     return expected
+
+
+def visible_problem(
+    made: Run, planned: PlannedStep, b: int
+) -> tuple[Float64Array, Float64Array, Float64Array, NDArray[np.bool_]]:
+    """Real queries of row ``b``, the keys and values they attend to, and which of these each sees.
+
+    For a case of one call on the cache it was given; later calls attend to what earlier ones appended.
+    """
+    parent = _initial(made.case)
+    query, key, value = (decode(array, made.case.dtype) for array in _row(made.case, planned, parent, b))
+    return query, key, value, visible_keys(query.shape[1], key.shape[1], made.case.is_causal)
 
 
 def _row(

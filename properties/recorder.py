@@ -6,12 +6,11 @@ Cheap enough to be always on: a few additions to numbers a case.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from properties.assertions import Expected, Got, Utilisation
-
-NoisePool = Callable[[Got, Expected], None]
+from properties.assertions import Utilisation
+from references.noise import NoisePool
 
 
 @dataclass
@@ -24,6 +23,7 @@ class Tally:
         unsupported: cases the subject has no function for; they prove nothing and are reported.
         worst: largest error over budget seen.
         regions: how many cases reached each named region.
+        noise: errors over their predicted standard deviation, pooled by format and arithmetic.
     """
 
     cases: int = 0
@@ -31,6 +31,7 @@ class Tally:
     unsupported: int = 0
     worst: Utilisation = field(default_factory=Utilisation)
     regions: Counter[str] = field(default_factory=Counter)
+    noise: dict[str, NoisePool] = field(default_factory=dict)
 
     def __iadd__(self, other: Tally) -> Tally:
         """Add the sums of another run of the same law."""
@@ -39,6 +40,8 @@ class Tally:
         self.unsupported += other.unsupported
         self.worst |= other.worst
         self.regions.update(other.regions)
+        for name, pool in other.noise.items():
+            self.noise.setdefault(name, NoisePool()).merge(pool)
         return self
 
 
@@ -48,19 +51,20 @@ class Recorder:
     def __init__(self) -> None:
         """Start with a tally that nobody reads, so that reporting always works."""
         self.tally = Tally()
-        self.noise_pool: NoisePool | None = None
 
     def start(self) -> Tally:
         """Begin a law: everything from now on is added to the tally returned."""
         self.tally = Tally()
         return self.tally
 
-    def compared(self, got: Got, expected: Expected, used: Utilisation) -> None:
+    def compared(self, used: Utilisation) -> None:
         """One call was within its budget."""
         self.tally.calls += 1
         self.tally.worst |= used
-        if self.noise_pool is not None:
-            self.noise_pool(got, expected)
+
+    def pooled(self, name: str, pool: NoisePool) -> None:
+        """The errors of one case, as noise."""
+        self.tally.noise.setdefault(name, NoisePool()).merge(pool)
 
     def reached(self, regions: Iterable[str]) -> None:
         """One case reached these regions."""

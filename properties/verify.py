@@ -16,11 +16,13 @@ from properties import case_file, laws, reduction
 from properties.assertions import describe
 from properties.case import Case
 from properties.exploring import Assignment, Failure, Outcome
+from properties.noise import clean_chi, judge
 from properties.pool import Answer, Death, Pool, Worker, WorkerError
 from properties.progress import Line, Moment, Progress, table
 from properties.recorder import Tally
 from properties.strategies import REGIONS
 from properties.worker import Check, Save
+from references.noise import NoisePool
 
 __all__ = ["PROFILES", "Options", "WorkerError", "verify", "workers_for"]
 
@@ -141,6 +143,7 @@ class Verification:
         self.regressions: list[dict[str, str]] = []
         self.began = time.monotonic()
         self.serial = 0
+        self.noisy = False
 
     def run(self) -> int:
         """Do everything; the exit status."""
@@ -170,7 +173,8 @@ class Verification:
         return EXIT_FAILS if self._failed() else EXIT_HOLDS
 
     def _failed(self) -> bool:
-        return any(r.failure for r in self.results.values()) or any(r["verdict"] != "holds" for r in self.regressions)
+        failing = any(r.failure for r in self.results.values())
+        return failing or self.noisy or any(r["verdict"] != "holds" for r in self.regressions)
 
     def _left(self) -> float | None:
         return None if self.seconds is None else self.seconds - (time.monotonic() - self.began)
@@ -403,10 +407,12 @@ class Verification:
         seconds = time.monotonic() - self.began
         if lines:
             self.progress.say("\n" + table(lines))
+        self.noisy = self._report_noise()
         self._report_regions()
         cases = sum(line.cases for line in lines)
         failing = [name for name, r in self.results.items() if r.failure is not None]
         verdict = f"{len(failing)} of {len(lines)} laws fail" if failing else "all laws hold"
+        verdict += "; the pooled errors are not rounding noise" * self.noisy
         if any(r["verdict"] != "holds" for r in self.regressions):
             verdict += "; a regression is back"
         if interrupted:
@@ -415,6 +421,30 @@ class Verification:
         if self.options.json_path is not None:
             text = json.dumps(self._record(seconds, interrupted), indent=1) + "\n"
             self.options.json_path.write_text(text)
+
+    def _pools(self) -> dict[str, NoisePool]:
+        """The errors of the whole run as noise, by format and arithmetic."""
+        total = Tally()
+        for r in self.results.values():
+            total += r.tally
+        return total.noise
+
+    def _report_noise(self) -> bool:
+        """A row for each pool of errors; whether one is not rounding noise."""
+        alarmed = False
+        for name, pool in sorted(self._pools().items()):
+            fmt, _, model = name.partition(", ")
+            statistics, chi = pool.statistics(), clean_chi(fmt, model)
+            if chi is None or not statistics.outputs:
+                continue
+            _, alarms = judge(statistics, chi)
+            alarmed |= bool(alarms)
+            self.progress.say(
+                f"noise, {fmt}: chi {statistics.chi:.3f} (clean {chi:.3f}), bias z {statistics.bias:+.2f}, "
+                f"largest |r| {statistics.largest:.2f} over {statistics.outputs:,} outputs: "
+                f"{'; '.join(alarms) or 'rounding'}"
+            )
+        return alarmed
 
     def _report_regions(self) -> None:
         """Which named regions of the input space no case of this run lay in."""

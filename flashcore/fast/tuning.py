@@ -171,7 +171,7 @@ def plan(
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
-    narrow = block_d <= 32 if is_float32 else block_m == 16 and block_d <= 128
+    narrow = block_d <= (128 if path == "prefill" else 32) if is_float32 else block_m == 16 and block_d <= 128
     num_warps = 4 if narrow else 8
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
     block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
