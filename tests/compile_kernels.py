@@ -36,21 +36,21 @@ ROWS = (1, 16, 32, 1024)
 Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]
 
 
-def plans(dtype: torch.dtype, head_dim: int) -> list[tuple[tuning.LaunchPlan, bool]]:
+def plans(dtype: torch.dtype, head_dim: int, arch: int) -> list[tuple[tuning.LaunchPlan, bool]]:
     """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest).
 
     With each, whether its kernel can have a diagonal: a single query sees every new token.
     """
     shapes = {(rows, 1) for rows in ROWS} | {(1, rows) for rows in ROWS}
     found = {
-        (tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype), q_len > 1)
+        (tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype, arch=arch), q_len > 1)
         for q_len, group_size in shapes
     }
     return sorted(found, key=str)
 
 
-def configurations() -> Iterator[Configuration]:
-    """Every distinct plan, with the flags that make the largest kernel.
+def configurations(arch: int) -> Iterator[Configuration]:
+    """Every distinct plan for one architecture, with the flags that make the largest kernel.
 
     bfloat16 is compiled for the largest head_dim alone: its kernels differ from float16's in the type of the matrix
     instruction and in one conversion of P, and need the same tiles and registers to within a few.
@@ -58,7 +58,7 @@ def configurations() -> Iterator[Configuration]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
-        for plan, causal in plans(dtype, head_dim):
+        for plan, causal in plans(dtype, head_dim, arch):
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
                 "WIDE": False, "CAUSAL": causal, "APPEND": True,
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = [(*c, arch) for arch in arguments.arch for c in configurations()]
+    jobs = [(*c, arch) for arch in arguments.arch for c in configurations(arch)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         for result in pool.map(compile_one, *zip(*jobs, strict=True)):

@@ -132,7 +132,13 @@ def attention(
         causal_offset=diagonal - q_len if is_causal else 0,
     )
     plan = tuning.plan(
-        q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=q.dtype, block_m=block_m, block_n=block_n
+        q_len=q_len,
+        group_size=group_size,
+        head_dim=head_dim,
+        dtype=q.dtype,
+        block_m=block_m,
+        block_n=block_n,
+        arch=tuning.architecture(q.device),
     )
     out, lse = _launch(problem, plan, return_lse)
     return (out, lse) if lse is not None else out
@@ -258,6 +264,7 @@ def attention_with_kv_cache(
         dtype=query.dtype,
         block_m=block_m,
         block_n=block_n,
+        arch=tuning.architecture(query.device),
     )
     out, lse = _launch(problem, plan, return_lse)
     cache = owner if update_cache else None

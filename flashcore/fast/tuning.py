@@ -7,6 +7,7 @@ other rows' lengths or on the capacity of the cache: a row's bits must not depen
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -129,6 +130,15 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability of a GPU times 10; 80 for the CPU, where tiles are Ampere's."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def plan(
     *,
     q_len: int,
@@ -137,6 +147,7 @@ def plan(
     dtype: torch.dtype,
     block_m: int | None = None,
     block_n: int | None = None,
+    arch: int = 80,
 ) -> LaunchPlan:
     """The plan of a call with ``q_len`` queries and ``group_size`` query heads a kv head.
 
@@ -147,6 +158,7 @@ def plan(
         dtype: of the inputs.
         block_m: forces the tile of (query, head) rows.
         block_n: forces the tile of keys.
+        arch: compute capability of the GPU times 10; it decides the tile of rows only, which no error bound sees.
     """
     rows = q_len * group_size
     block_d = padded_head_dim(head_dim)
@@ -155,11 +167,12 @@ def plan(
     split_rows = _split_rows(is_float32, block_d)
     may_split = q_len <= split_rows and _forced.path != "prefill"
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
-    block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d)
+    block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
-    num_warps = 4 if block_m == 16 and block_d <= 128 and not is_float32 else 8
+    narrow = block_d <= 32 if is_float32 else block_m == 16 and block_d <= 128
+    num_warps = 4 if narrow else 8
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
     block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
     new_ahead = path == "split" and q_len == 1 and block_m == 16 and not is_float32 and block_d <= 128
@@ -178,8 +191,13 @@ def _split_rows(is_float32: bool, block_d: int) -> int:
     return WIDE_SPLIT_ROWS if block_d == 256 else SPLIT_ROWS
 
 
-def _default_block_m(rows: int, is_float32: bool, block_d: int) -> int:
-    largest = {128: 16, 256: 16}.get(block_d, 32) if is_float32 else {128: 64, 256: 32}.get(block_d, 128)
+def _default_block_m(rows: int, is_float32: bool, block_d: int, arch: int) -> int:
+    if is_float32:
+        largest = 32 if block_d <= 64 else 16
+    elif block_d == 128:
+        largest = 128 if arch == 90 else 64
+    else:
+        largest = 32 if block_d == 256 else 128
     return min(max(16, next_power_of_2(max(rows, 1))), largest)
 
 
