@@ -241,7 +241,9 @@ class _Session:
         self.stored = None
         lengths = [(cache, cache.lengths()) for cache in self.caches if cache is not None]
         try:
-            result = function(*tensors, **arguments)
+            # The interpreter computes with NumPy. Where a result may overflow it is judged, not warned about.
+            with np.errstate(all="ignore"):
+                result = function(*tensors, **arguments)
             if self.device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a kernel raises is a verdict

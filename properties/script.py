@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from properties import layouts
 from properties.assertions import Float64Array
@@ -150,7 +151,12 @@ def _step_data(case: Case, planned: PlannedStep, expected: Any) -> dict[str, Any
         if case.op == "attention_with_kv_cache":
             np.moveaxis(bits, 2, 1)[padding] = poison(case.dtype, "unused")
         tensors[name] = _tensor(bits, case.query_layout if name == "query" else case.key_layout)
-    budgets = [] if expected is None else [_budget(expected.out_budget), _budget(expected.lse_budget)]
+    budgets = []
+    if expected is not None:
+        budgets = [
+            _budget(expected.out_budget, expected.overflow_free[..., None]),
+            _budget(expected.lse_budget, expected.overflow_free),
+        ]
     return {
         "parent": planned.parent,
         "seq_lens": list(planned.seq_lens),
@@ -167,12 +173,13 @@ def _tensor(bits: BitsArray, layout: Any) -> tuple[list[int], list[int], str]:
     return list(bits.shape), list(layouts.strides(bits.shape, layout)), digits(bits)
 
 
-def _budget(budget: Float64Array) -> tuple[list[int], str]:
-    """As float32, rounded up."""
+def _budget(budget: Float64Array, overflow_free: NDArray[np.bool_]) -> tuple[list[int], str]:
+    """As float32, rounded up; negative where a kernel may overflow."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = budget.astype(np.float32)
         narrow = np.where(narrow < budget, np.nextafter(narrow, np.float32(np.inf)), narrow)
-    return list(budget.shape), digits(narrow.astype(np.float32).view(np.uint32))
+    signed = np.where(overflow_free, narrow, -narrow).astype(np.float32)
+    return list(budget.shape), digits(signed.view(np.uint32))
 
 
 def digits(bits: BitsArray) -> str:

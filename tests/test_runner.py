@@ -215,6 +215,14 @@ def test_an_exception_is_a_verdict() -> None:
         check(Case(), replace(NAIVE, attention_with_kv_cache=raises))
 
 
+def test_an_overflow_inside_the_interpreter_is_judged_by_its_result_not_raised_as_a_warning() -> None:
+    def overflows(*arguments: Any, **options: Any) -> Any:
+        assert np.isinf(np.float32(3e38) * np.ones(1, np.float32) * np.float32(2))
+        return naive.attention_with_kv_cache(*arguments, **options)
+
+    assert check(Case(), replace(NAIVE, attention_with_kv_cache=overflows)).out == 0.0
+
+
 def test_what_is_not_read_is_nan_and_without_poison_is_not() -> None:
     seen: list[torch.Tensor] = []
 

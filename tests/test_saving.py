@@ -39,6 +39,7 @@ RAGGED = Case(
 )
 PLAIN = Case(rows=(Row(7, (3,)),), op="attention", values="normal", is_causal=True, dtype="float16")
 FULL = replace(RAGGED, cache_max_len=5)
+HUGE = Case(rows=(Row(0, (8,)),), values="large_values", dtype="bfloat16")  # P.V may overflow, and does
 # What to change in a correct kernel, on which case it shows, and as what.
 FAULTS = {
     "out": ("@ query.float()) * scale", "@ query.float()) * scale * 1.5", RAGGED),
@@ -101,7 +102,7 @@ def test_the_script_fails_on_the_faulty_kernel(kind: str, kernels: Path) -> None
     assert faulty.stderr == ""
 
 
-@pytest.mark.parametrize("case", [RAGGED, PLAIN, FULL], ids=["ragged", "plain", "full"])
+@pytest.mark.parametrize("case", [RAGGED, PLAIN, FULL, HUGE], ids=["ragged", "plain", "full", "huge"])
 def test_the_script_passes_on_a_correct_kernel(case: Case, kernels: Path) -> None:
     path = kernels / "script.py"
     path.write_text(script.write(Failure("law", case, "out", "report"), kernel(kernels, "mended"), "case.json"))
