@@ -203,7 +203,7 @@ def _default_block_m(rows: int, is_float32: bool, block_d: int, arch: int) -> in
 
 def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:
     if is_float32:
-        return 32 if path == "split" and 16 < block_d <= 64 else 16
-    if block_d == 256:
+        return 32 if path == "split" and 16 < block_d <= 128 else 16
+    if block_d == 256 or (path == "split" and block_d == 16 and not is_decode):
         return 32
     return 128 if path == "split" and is_decode and block_d <= 64 else 64
