@@ -627,6 +627,53 @@ def test_attention_accepts_the_nearest_good_argument(line: Line) -> None:
     assert torch.isfinite(out).all()
 
 
+def valid_repetition() -> dict[str, Any]:
+    """Arguments of a decode step whose launch the cache remembers: an equal step has just been made."""
+    buffers = buffer(capacity=16), buffer(capacity=16)
+    step: dict[str, Any] = {"query": query(), "key": new(), "value": new(), "cache_max_len": 16}
+    cache: KVCache | None = KVCache(*buffers, lengths(2, 5), max_len=5)
+    for _ in range(2):
+        cache = attention_with_kv_cache(**step, past_key_value=cache)[1]
+    return {**step, "past_key_value": cache}
+
+
+REPEATED = [
+    *(line for line in LINES if not line.bad.keys() & {"past_key_value", "seq_lens", "new_lens"}),
+    Line("no hash", {"scale": [0.5]}, TypeError, "scale must be a float or None, got [0.5]", {"scale": 0.5}),
+]
+
+
+@pytest.mark.parametrize("line", REPEATED, ids=names(REPEATED))
+def test_a_step_like_the_last_one_is_checked_too(line: Line) -> None:
+    assert_refused(attention_with_kv_cache, {**valid_repetition(), **line.bad}, line.error, line.message)
+
+
+def test_a_step_like_the_last_one_is_checked_for_inputs_that_require_grad() -> None:
+    arguments = valid_repetition()
+    arguments["past_key_value"][1].requires_grad_()
+
+    assert_refused(
+        attention_with_kv_cache,
+        arguments,
+        ValueError,
+        "past_key_value[1] must not require grad while grad is enabled, got requires_grad=True; "
+        "flashcore is forward only: call it under torch.no_grad() or detach the input",
+    )
+
+
+def test_a_step_like_the_last_one_is_checked_for_lengths_on_another_device() -> None:
+    arguments = valid_repetition()
+    cache = arguments["past_key_value"]
+    arguments["past_key_value"] = KVCache(cache[0], cache[1], cache.seq_lens.to("meta"), max_len=11, like=cache)
+
+    assert_refused(
+        attention_with_kv_cache,
+        arguments,
+        ValueError,
+        f"past_key_value.seq_lens must be on the device of query {DEVICE}, got meta",
+    )
+
+
 @pytest.mark.parametrize("line", LINES, ids=names(LINES))
 def test_messages_have_one_form(line: Line) -> None:
     assert re.match(r"[a-z_]+(\[\d\])?(\.seq_lens)? must .*, got .", line.message)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashcore import CacheOverflowError, KVCache, attention_with_kv_cache
-from flashcore.fast import buffers
+from flashcore.fast import buffers, tuning
 from tests.tensors import DEVICE, lengths, memory, normal, same_bits
 
 BATCH, HQ, HK, D = 2, 4, 2, 16
@@ -376,6 +376,18 @@ def test_a_length_the_host_did_not_read_is_checked_on_the_device(length: int) ->
     with pytest.raises(ValueError, match=r"^seq_lens\[1\] or new_lens\[1\] must lie inside the cache"):
         after.check()
     assert all(same_bits(a, b) for a, b in zip(stored(cache, 1), row, strict=True))
+
+
+@pytest.mark.parametrize("path", ["split", "prefill"])
+def test_a_read_only_call_checks_lengths_on_the_device_too(path: tuning.Path) -> None:
+    cache = started()
+    claimed = KVCache(cache[0], cache[1], lengths(4, 5), max_len=4)
+
+    with tuning.forced(path=path):
+        attention_with_kv_cache(**tokens(1, seed=1), past_key_value=claimed, update_cache=False)
+
+    with pytest.raises(ValueError, match=r"^seq_lens\[1\] or new_lens\[1\] must lie inside the cache"):
+        claimed.check()
 
 
 def test_a_length_within_the_bound_is_no_fault() -> None:

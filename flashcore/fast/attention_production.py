@@ -203,9 +203,8 @@ def attention_with_kv_cache(
     if type(past_key_value) is KVCache and seq_lens is None and new_lens is None and update_cache is True:
         options = (cache_max_len, block_m, block_n, scale, is_causal, num_query_heads, num_kv_heads, return_lse)
         if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
-            # Types too: True equals 1, and one of them is an error.
-            call = relaunch.key_of(query, key, value, *options, *map(type, options))
-            earlier = past_key_value.repeat(call)
+            call = relaunch.key_of(query, key, value, options)
+            earlier = None if call is None else past_key_value.repeat(call)
             result = None if earlier is None else earlier(past_key_value, query, key, value)
             if result is not None:
                 return result
@@ -224,6 +223,8 @@ def attention_with_kv_cache(
 
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     lengths = _Lengths(past, seq_lens, new_lens, batch, q_len, capturing)
+    if not (update_cache or capturing or isinstance(past, KVCache)):
+        lengths.read()  # there will be no cache to report what the device finds
     if update_cache:
         buffer_pair = _make_room(past, lengths, key, cache_max_len)
         seq_lens_out = buffers.empty([batch], torch.int32, query.device)
@@ -471,9 +472,13 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     group_size = num_q_heads // num_kv_heads
     row_tiles = tuning.ceil_div(q_len * group_size, plan.block_m)
     unused = query  # a pointer argument must be a tensor even where the kernel never touches it
-    fault = problem.owner.fault if problem.owner is not None else unused
     sources = problem.inputs()
     lens = (problem.seq_lens, problem.new_lens)
+    fault = unused
+    if problem.owner is not None:
+        fault = problem.owner.fault
+    elif any(t is not None for t in lens):  # read and checked by the host: what the kernel could report is not missed
+        fault = torch.zeros(2, dtype=torch.int32, device=query.device)
     pointers = (*sources, *(unused if t is None else t for t in lens))
     sizes = (
         problem.max_cached, q_len, problem.num_new_keys, problem.causal_offset,

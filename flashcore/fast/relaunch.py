@@ -22,13 +22,23 @@ if TYPE_CHECKING:
     from flashcore.cache import KVCache
 
 
-def key_of(query: Tensor, key: Tensor, value: Tensor, *options: Hashable) -> Hashable:
-    """What decides validation, plan and kernel of a call on given buffers; ``options`` are the other arguments."""
+PLAIN = {bool, int, float, type(None)}
+
+
+def key_of(query: Tensor, key: Tensor, value: Tensor, options: tuple[object, ...]) -> Hashable | None:
+    """What decides validation, plan and kernel of a call on given buffers; ``options`` are the other arguments.
+
+    None if an option is of a type that is an error anyway, and may have no hash. The types are part of the key: True
+    equals 1, and one of them is an error.
+    """
+    types = tuple(map(type, options))
+    if not PLAIN.issuperset(types):
+        return None
     return (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        tuning.generation(), *options,
+        tuning.generation(), options, types,
     )  # fmt: skip
 
 
@@ -98,7 +108,12 @@ class Relaunch:
             return None
         if lens.dtype != torch.int32 or lens.shape != self.lens_shape or not lens.is_contiguous():
             return None
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if lens.device != self.device:
+            return None
+        if torch.is_grad_enabled() and (
+            query.requires_grad or key.requires_grad or value.requires_grad
+            or past[0].requires_grad or past[1].requires_grad
+        ):  # fmt: skip
             return None
         if self.compiled is not None and (
             torch.cuda.is_current_stream_capturing() or torch.cuda.current_device() != self.device.index

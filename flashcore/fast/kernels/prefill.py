@@ -116,3 +116,6 @@ def prefill_attention(
                 stride_kcn, 1, stride_vcn, 1, stride_knn, 1, stride_vnn, 1,
                 BLOCK_N, BLOCK_D,
             )  # fmt: skip
+    elif HAS_SEQ_LENS or HAS_NEW_LENS:
+        if (tile == 0) & (h == 0):
+            report_fault(fault_ptr, b, lengths_ok, lengths_ok)

@@ -128,6 +128,9 @@ def split_kv_attention(
                         k_cache_ptr, v_cache_ptr, cached, k_new, v_new, num_queries, head_dim,
                         stride_kcn, stride_vcn, BLOCK_NEW, BLOCK_D,
                     )  # fmt: skip
+        elif HAS_SEQ_LENS or HAS_NEW_LENS:
+            if (tile == 0) & (h == 0):
+                report_fault(fault_ptr, b, lengths_ok, lengths_ok)
 
     merges = True
     if num_splits > 1:
