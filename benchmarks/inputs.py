@@ -35,7 +35,7 @@ class Problem:
         query: [batch, num_q_heads, q_len, head_dim]
         key, value: [batch, num_kv_heads, kv_len, head_dim]
         is_causal: bottom-right alignment.
-        kv_lens: visible keys of each row, on the device; None: all of them in every row.
+        kv_lens: visible keys of each row, on the device; None: all of them in every row. Not with is_causal.
     """
 
     query: Tensor
@@ -43,6 +43,11 @@ class Problem:
     value: Tensor
     is_causal: bool
     kv_lens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what the reference does not compute."""
+        if self.is_causal and self.kv_lens is not None:
+            raise ValueError("is_causal must be False where rows have lengths of their own, got True")
 
     @property
     def grouped(self) -> bool:

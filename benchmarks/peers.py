@@ -69,9 +69,9 @@ def _sdpa(backend: SDPBackend) -> Prepare:
         first = problems[0]
         square = first.query.shape[2] == first.key.shape[2]
         arguments: dict[str, Any] = {"enable_gqa": first.grouped}
-        if first.is_causal and first.kv_lens is None and square:
+        if first.is_causal and square:
             arguments["is_causal"] = True  # top-left and bottom-right are the same in a square
-        elif first.is_causal and first.kv_lens is None and backend != SDPBackend.CUDNN_ATTENTION:
+        elif first.is_causal and backend != SDPBackend.CUDNN_ATTENTION:
             from torch.nn.attention.bias import causal_lower_right
 
             if first.grouped:
@@ -102,22 +102,20 @@ def _flex(problems: Sequence[Problem]) -> list[Call]:
     offset = kv_len - q_len
     kv_lens = first.kv_lens
     block_mask = None
-    if kv_lens is not None and not first.is_causal:
+    if kv_lens is not None:
 
         def valid(b: Any, h: Any, q: Any, kv: Any) -> Any:
             del h, q
             return kv < kv_lens[b]
 
         block_mask = create_block_mask(valid, batch, None, q_len, kv_len, device=str(device))
-    elif kv_lens is None and first.is_causal:
+    elif first.is_causal:
 
         def causal(b: Any, h: Any, q: Any, kv: Any) -> Any:
             del b, h
             return q + offset >= kv
 
         block_mask = create_block_mask(causal, None, None, q_len, kv_len, device=str(device))
-    elif kv_lens is not None:
-        raise Unsupported("causal and ragged at once is not set up here")
     torch.compiler.reset()  # else the ninth shape would find the limit of recompilations and run uncompiled
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
