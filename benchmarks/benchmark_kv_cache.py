@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; the exit status."""
     made = parser()
     options = made.parse_args(arguments)
-    from benchmarks.timing import Clock
+    from benchmarks.clock import Clock
 
     clock = Clock(options.seconds)
     from properties import device as devices

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings
+from benchmarks.clock import Clock
 from benchmarks.inputs import Problem, Reference, attend, poisoned, share_of_budget
 from benchmarks.peers import Peer, Selection, Unsupported
 from benchmarks.report import Results, Row
 from benchmarks.shapes import Shape, bytes_floor_us, flops_floor_us
-from benchmarks.timing import Call, Clock, Timing, time_interpreted, time_on_gpu
+from benchmarks.timing import Call, Timing, time_interpreted, time_on_gpu
 
 # Seconds that a cell may take before anything is known; a peer that compiles takes the second.
 FIRST_GUESS = 4.0

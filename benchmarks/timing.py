@@ -1,4 +1,4 @@
-"""Timing: CUDA-graph replay over rotating inputs on the device, plain clocks on the host, and a budget of seconds."""
+"""Timing: CUDA-graph replay over rotating inputs on the device, and plain clocks on the host."""
 
 from __future__ import annotations
 
@@ -143,30 +143,3 @@ def time_interpreted(calls: Sequence[Call], *, samples: int = 3) -> tuple[Timing
         out = calls[i % len(calls)]()
         times.append((time.perf_counter() - start) * 1e6)
     return summarise(times), calls[0]() if samples % len(calls) else out
-
-
-class Clock:
-    """A budget of seconds. Work that no longer fits is not begun.
-
-    Args:
-        seconds: of the whole run; None for no limit.
-        now: a monotonic clock, for tests.
-    """
-
-    def __init__(self, seconds: float | None, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._began = now()
-        self._seconds = seconds
-        self._longest = 0.0
-
-    def spent(self) -> float:
-        """Seconds since the start."""
-        return self._now() - self._began
-
-    def left(self) -> float:
-        """Seconds left; infinite without a limit."""
-        return math.inf if self._seconds is None else self._seconds - self.spent()
-
-    def fits(self, estimate: float) -> bool:
-        """Whether work of this many seconds would end in time."""
-        return self.left() >= estimate

@@ -17,12 +17,12 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import peers as adaptors
 from benchmarks.ceilings import Ceilings
+from benchmarks.clock import Clock
 from benchmarks.contest import Bench, WrongResult, checked
 from benchmarks.inputs import Problem, attend, make_appending, make_problem, poisoned, share_of_budget
 from benchmarks.peers import Peer, PeerError, Selection, Unsupported, select
 from benchmarks.report import Results, Row
 from benchmarks.shapes import Shape
-from benchmarks.timing import Clock
 from flashcore.fast import buffers
 from references.attention import attention
 from tests.tensors import DEVICE

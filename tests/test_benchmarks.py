@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from benchmarks import benchmark_kv_cache, benchmark_suite, machine, report, section_times, shapes, targets
+from benchmarks.clock import Clock
 from benchmarks.report import ResultError, Results, Row
 from benchmarks.seed_suite import verdict
 from benchmarks.shapes import Shape
-from benchmarks.timing import Clock, summarise, time_on_host
+from benchmarks.timing import summarise, time_on_host
 from properties import laws, runner, subjects
 
 ROOT = Path(__file__).resolve().parents[1]
