@@ -24,7 +24,7 @@ from benchmarks.peers import Peer, PeerError, Selection, Unsupported, select
 from benchmarks.report import Results, Row
 from benchmarks.shapes import Shape
 from flashcore.fast import buffers
-from references.attention import attention
+from references.attention import attention, visible_keys
 from tests.tensors import DEVICE
 
 # -- inputs and the float64 result -------------------------------------------------------------------------------
@@ -266,6 +266,19 @@ def test_a_peer_is_handed_the_problem_in_its_own_layout(name: str, kind: str) ->
     reference = attend(problem)
 
     assert checked(reference, prepare([problem])[0]()) <= reference.limit
+
+
+def test_a_mask_shows_what_the_reference_sees() -> None:
+    """cuDNN has no bottom-right causal mask to switch on, so it is given one."""
+    chunk = adaptors._additive_mask(make_problem(CHUNK, "cpu", 0))
+    dense = make_problem(DENSE, "cpu", 0)
+    ragged = adaptors._additive_mask(dataclasses.replace(dense, kv_lens=torch.tensor([5, 48])))
+
+    assert chunk is not None
+    assert np.array_equal(chunk[0, 0].isfinite().numpy(), visible_keys(CHUNK.q_len, CHUNK.kv_len, True))
+    assert ragged is not None
+    assert ragged.isfinite().sum(dim=-1).flatten().tolist() == [5, 48]
+    assert adaptors._additive_mask(dense) is None
 
 
 def test_lengths_of_their_own_and_a_causal_mask_do_not_go_together() -> None:
