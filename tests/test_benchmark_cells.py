@@ -54,6 +54,9 @@ def test_appending_and_peers_see_the_same_numbers_in_ragged_rows() -> None:
 
     assert checked(reference, out) <= reference.limit
     assert made.cache.seq_lens.tolist() == [2, 39]
+    drawn = make_problem(shape, str(DEVICE), 0)
+    assert torch.equal(made.problem.key, drawn.key)
+    assert torch.equal(made.problem.value, drawn.value)
     query, key, value = made.problem.query[:1], made.problem.key[:1, :, :3], made.problem.value[:1, :, :3]
     alone = attend(Problem(query, key, value, is_causal=False))
     np.testing.assert_allclose(alone.out.cpu().numpy(), reference.out[:1].cpu().numpy(), rtol=1e-12)
