@@ -38,6 +38,7 @@ class Got:
         fresh: pattern that filled ``out`` before the call; None if unknown.
         places: for each axis (batch, head, query) the index in the call's own output, so that a selection still
             knows where its elements were.
+        is_transformed: the case alone does not say what it was run on.
     """
 
     out: BitsArray
@@ -47,6 +48,7 @@ class Got:
     step: int = 0
     fresh: int | None = None
     places: tuple[NDArray[np.intp], ...] = ()
+    is_transformed: bool = False
 
     def __post_init__(self) -> None:
         """Number the elements of an output that is not yet a selection."""
@@ -343,6 +345,8 @@ def assert_same_bits(first: Got, second: Got, what: str = "the two runs") -> Non
             Sighting(first.case, first.step, name, here),
             Sighting(second.case, second.step, name, there),
         ]
+        if first.is_transformed or second.is_transformed:
+            sightings = []  # a script made of the cases would not show it
         raise LawViolation("same bits", "\n".join(lines), first.case, sightings)
 
 
@@ -353,3 +357,87 @@ def assert_same_outputs(first: Sequence[Got], second: Sequence[Got], what: str =
     for one, other in zip(first, second, strict=True):
         if one.out.size or other.out.size:
             assert_same_bits(one, other, what)
+
+
+def assert_close(
+    first: Got,
+    second: Got,
+    allowed: tuple[Expected, Expected],
+    what: str = "the two runs",
+    *,
+    lse_moves_by: Float64Array | float = 0.0,
+) -> None:
+    """Two runs agree within the sum of their error budgets.
+
+    Args:
+        first: one run, or a selection of its rows, heads or queries.
+        second: the other, of the same shape.
+        allowed: the budgets of both.
+        what: names the two in the failure.
+        lse_moves_by: what the log-sum-exp of the second is larger by.
+    """
+    finite = allowed[0].overflow_free & allowed[1].overflow_free
+    out_budget = allowed[0].out_budget + allowed[1].out_budget
+    lse_budget = allowed[0].lse_budget + allowed[1].lse_budget
+    assert_near("out", first, first.values, second.values, out_budget, finite[..., None], what)
+    assert_near("lse", first, first.lse_values + lse_moves_by, second.lse_values, lse_budget, finite, what)
+
+
+def assert_near(
+    name: str,
+    source: Got,
+    first: Float64Array,
+    second: Float64Array,
+    budget: Float64Array,
+    comparable: NDArray[np.bool_],
+    what: str,
+) -> None:
+    """Two arrays differ by at most a budget; equal infinities are equal, NaN is near nothing.
+
+    Args:
+        name: "out" or "lse".
+        source: the run that ``first`` is of, which says where its elements were.
+        first: numbers.
+        second: numbers of the same shape.
+        budget: of the same shape.
+        comparable: where both are; elsewhere a kernel may overflow.
+        what: names the two in the failure.
+
+    Raises:
+        LawViolation: an element differs by more.
+        ValueError: the shapes differ.
+    """
+    if first.shape != second.shape or first.shape != budget.shape:
+        raise ValueError(f"both sides must have one shape, got {first.shape}, {second.shape} and {budget.shape}")
+    with np.errstate(invalid="ignore"):
+        near = (np.abs(first - second) <= budget) | (first == second)
+    overflown = ~comparable & ~(np.isfinite(first) & np.isfinite(second))
+    far = np.argwhere(~(near | overflown))
+    if not len(far):
+        return
+    index = tuple(int(i) for i in far[0])
+    numbers = f"{_hex(float(first[index]))} and {_hex(float(second[index]))}"
+    report = (
+        f"{name} of {what} differs by more than allowed in {len(far)} of {first.size} elements\n"
+        f"  first at {_at(source.place(index))}: {numbers}, {float(abs(first[index] - second[index])):.1e} apart, "
+        f"allowed {float(budget[index]):.1e}\n"
+        f"  case: {describe(source.case, source.step)}"
+    )
+    raise LawViolation("two runs", report, source.case)
+
+
+def assert_same_numbers(name: str, source: Got, first: Float64Array, second: Float64Array, what: str) -> None:
+    """Two arrays hold the same numbers, +0 and -0 being one."""
+    assert_near(name, source, first, second, np.zeros(first.shape), np.ones(first.shape, np.bool_), what)
+
+
+def assert_differ(first: Sequence[Got], second: Sequence[Got], what: str) -> None:
+    """Two runs that must not agree do not.
+
+    Raises:
+        LawViolation: every bit is the same.
+    """
+    pairs = list(zip(first, second, strict=True))
+    if all(np.array_equal(a.out, b.out) and np.array_equal(a.lse, b.lse) for a, b in pairs):
+        case = first[0].case
+        raise LawViolation("ignored", f"{what} changes no bit of any result\n  case: {describe(case)}", case)

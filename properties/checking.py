@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from properties import device as devices
-from properties.assertions import Expected, Float64Array, Utilisation, assert_shapes, assert_within_budget
+from properties.assertions import Expected, Float64Array, Got, Utilisation, assert_shapes, assert_within_budget
 from properties.case import Case
 from properties.recorder import recorder
 from properties.runner import Run, StepRun, run, violation
-from properties.schedule import PlannedStep, initial_cache
+from properties.schedule import InitialCache, PlannedStep
 from properties.subjects import Subject
 from references import kv_cache
 from references.attention import attention, visible_keys
@@ -79,7 +79,7 @@ def assert_no_findings(made: Run, kinds: Sequence[str], steps: Sequence[StepRun]
     for step in made.steps if steps is None else steps:
         for finding in step.findings:
             if finding.kind in kinds:
-                raise violation(made.case, step, finding)
+                raise violation(made.case, step, finding, made.is_transformed)
     note_unsupported(made)
 
 
@@ -91,20 +91,33 @@ def note_unsupported(made: Run) -> None:
 
 def expectations(made: Run) -> Iterator[Expected | None]:
     """What the references say of each call in turn; None where it must overflow."""
-    caches = [_initial(made.case)]
+    caches = [_reference(made.problem.initial)]
     for step in made.steps:
         parent = caches[step.plan.parent]
-        expected, cache = _expect(made.case, made.subject, step.plan, parent)
+        with made.subject.forced(made.case):  # the tiles of the budget are those of the run
+            expected, cache = _expect(made.case, made.subject, step.plan, parent)
         caches.append(cache)
         yield expected
 
 
-def _initial(case: Case) -> ReferenceCache | None:
-    given = initial_cache(case)
+def expected_outputs(made: Run) -> list[tuple[Got, Expected]]:
+    """What each call returned beside what the references say of it, for the calls that return something.
+
+    Raises:
+        LawViolation: a call that should have returned did not.
+    """
+    wanted = [expected for expected in expectations(made) if expected is not None]
+    pairs = list(zip(made.outputs, wanted, strict=True))
+    for got, expected in pairs:
+        assert_shapes(got, expected)
+    return pairs
+
+
+def _reference(given: InitialCache | None) -> ReferenceCache | None:
     if given is None:
         return None
-    written = np.arange(case.capacity) < np.array(given.seq_lens, np.int64)[:, None]
-    return ReferenceCache(given.key, given.value, written, list(given.seq_lens))
+    written = np.arange(given.key.shape[2]) < np.array(given.seq_lens, np.int64)[:, None]
+    return ReferenceCache(given.key.copy(), given.value.copy(), written, list(given.seq_lens))
 
 
 def _expect(
@@ -187,7 +200,7 @@ def visible_problem(
 
     For a case of one call on the cache it was given; later calls attend to what earlier ones appended.
     """
-    parent = _initial(made.case)
+    parent = _reference(made.problem.initial)
     query, key, value = (decode(array, made.case.dtype) for array in _row(made.case, planned, parent, b))
     return query, key, value, visible_keys(query.shape[1], key.shape[1], made.case.is_causal)
 

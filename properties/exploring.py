@@ -39,6 +39,7 @@ class Failure:
         report: what a person reads, without the replay command.
         sightings: the elements compared.
         sibling_laws: other laws that the same case breaks.
+        elsewhere: it went wrong on a variant of the case, which the law made; the case alone may not show it.
     """
 
     law: str
@@ -47,6 +48,7 @@ class Failure:
     report: str
     sightings: tuple[Sighting, ...] = ()
     sibling_laws: tuple[str, ...] = ()
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def failure_of(law: str, case: Case, error: Exception) -> Failure:
     """Describe what went wrong; an exception that is no verdict is one all the same, with its last lines."""
     if isinstance(error, LawViolation):
         # A law may run other cases than its own; what replays is the law's own case.
-        return Failure(law, case, error.kind, error.report, error.sightings)
+        elsewhere = error.case != case
+        return Failure(law, case, error.kind, error.report, error.sightings, elsewhere=elsewhere)
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())[:500]
     report = (

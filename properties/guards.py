@@ -141,6 +141,8 @@ class Guarded:
 
     def broken_guard(self) -> str | None:
         """Where an element before or after the tensor was written, in words; None if nowhere."""
+        if not self.guard:
+            return None
         flat = bits_of(self.storage)
         pattern = flat.dtype.type(np.iinfo(flat.dtype).max)
         before, after = flat[: self.guard][::-1], flat[flat.size - self.guard :]

@@ -19,7 +19,7 @@ from properties import layouts, subjects
 from properties.assertions import CONTEXT_LOST, BitsArray, Got, LawViolation, describe
 from properties.case import Case
 from properties.guards import Guarded, bits_of, poison, torch_dtype
-from properties.schedule import PlannedStep, initial_cache, plan
+from properties.schedule import PlannedStep, Problem, problem
 from properties.subjects import Subject
 
 
@@ -65,16 +65,26 @@ class Run:
     """A case run from its first call to its last, or to the first that left nothing to go on with.
 
     Attributes:
-        case: the case.
         subject: what ran it.
+        problem: the arrays it ran on.
         steps: the calls made.
         supported: False if the subject has no such function; then there are no steps.
     """
 
-    case: Case
+    problem: Problem
     subject: Subject
     steps: list[StepRun] = field(default_factory=list)
     supported: bool = True
+
+    @property
+    def case(self) -> Case:
+        """The case."""
+        return self.problem.case
+
+    @property
+    def is_transformed(self) -> bool:
+        """The case alone does not say what was run."""
+        return self.problem.is_transformed or self.subject.is_disturbed
 
     @property
     def outputs(self) -> list[Got]:
@@ -86,33 +96,35 @@ class Run:
         for step in self.steps:
             for finding in step.findings:
                 if finding.kind in ("raised", "overflow", "result"):
-                    raise violation(self.case, step, finding)
+                    raise violation(self.case, step, finding, self.is_transformed)
         return [step.got for step in self.steps if step.got is not None]
 
 
-def violation(case: Case, step: StepRun, finding: Finding) -> LawViolation:
-    """The failure that a finding is."""
+def violation(case: Case, step: StepRun, finding: Finding, is_transformed: bool = False) -> LawViolation:
+    """The failure that a finding is; of a transformed run it names no case, because none shows it alone."""
     report = f"{finding.sentence}\n  {finding.detail}\n  case: {describe(case, step.plan.index)}"
-    return LawViolation(finding.kind, report, case)
+    return LawViolation(finding.kind, report, None if is_transformed else case)
 
 
-def run(case: Case, subject: Subject | None = None, *, poisoned: bool = True) -> Run:
+def run(what: Case | Problem, subject: Subject | None = None, *, poisoned: bool = True) -> Run:
     """Run every call of a case.
 
     Args:
-        case: the case.
+        what: a case, or a problem whose arrays are no longer those of its case.
         subject: default the active one.
         poisoned: whether what the contract says is not read is NaN. False: padding holds ordinary numbers, unused
             slots and fresh memory zeros; by the contract this changes no bit of any result.
     """
     subject = subjects.active() if subject is None else subject
-    result = Run(case, subject)
+    given = problem(what) if isinstance(what, Case) else what
+    case = given.case
+    result = Run(given, subject)
     if case.op == "attention" and subject.attention is None:
         result.supported = False
         return result
-    session = _Session(case, subject, devices.current(), poisoned)
+    session = _Session(given, subject, devices.current(), poisoned)
     with session.allocating(), subject.forced(case):
-        for planned in plan(case):
+        for planned in given.steps:
             step = StepRun(planned)
             result.steps.append(step)
             session.call(step)
@@ -138,8 +150,9 @@ class _Cache:
 class _Session:
     """The caller's side of one run: its tensors, caches and what it knows about their bytes."""
 
-    def __init__(self, case: Case, subject: Subject, device: str, poisoned: bool) -> None:
-        self.case = case
+    def __init__(self, given: Problem, subject: Subject, device: str, poisoned: bool) -> None:
+        self.problem = given
+        self.case = case = given.case
         self.subject = subject
         self.device = device
         self.poisoned = poisoned
@@ -176,12 +189,12 @@ class _Session:
         return Guarded.holding(name, bits.view(f"u{bits.itemsize}"), self.index_dtype, self.device)
 
     def _initial(self) -> _Cache | None:
-        given = initial_cache(self.case)
+        given = self.problem.initial
         if given is None:
             return None
         unwritten = np.arange(self.case.capacity) >= np.array(given.seq_lens, np.int64)[:, None]
         buffers = []
-        for name, bits in (("k_cache", given.key), ("v_cache", given.value)):
+        for name, bits in (("k_cache", given.key.copy()), ("v_cache", given.value.copy())):
             if self.poisoned:
                 np.moveaxis(bits, 2, 1)[unwritten] = poison(self.case.dtype, "unused")
             strides = layouts.strides(bits.shape, self.case.cache_layout)
@@ -278,7 +291,7 @@ class _Session:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if self.device == "cuda" and "CUDA error" in str(error):
             finding = Finding(CONTEXT_LOST, "the kernel destroyed the CUDA context", words)
-            raise violation(self.case, step, finding) from error
+            raise violation(self.case, step, finding, True) from error
         if step.plan.overflow_row is None:
             step.findings.append(Finding("raised", "a valid call raised", words))
         elif not isinstance(error, self.subject.overflow_error):
@@ -314,6 +327,7 @@ class _Session:
             case,
             planned.index,
             self.fresh if self.poisoned and self.subject.allocators else None,
+            is_transformed=self.problem.is_transformed or self.subject.is_disturbed,
         )
 
     def _took_cache(self, step: StepRun, cache: Any) -> str | None:

@@ -75,6 +75,23 @@ class PlannedStep:
         return np.arange(self.q_len) >= np.array(self.new_lens, np.int64)[:, None]
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A case with its arrays: what a run is made of, and what `properties.transformations` change.
+
+    Attributes:
+        case: the lengths, sizes and options in force.
+        initial: the buffers given at the start.
+        steps: the calls.
+        is_transformed: the arrays are no longer those that the case alone stands for.
+    """
+
+    case: Case
+    initial: InitialCache | None
+    steps: tuple[PlannedStep, ...]
+    is_transformed: bool = False
+
+
 @dataclass(frozen=True)
 class Outline:
     """The lengths of one call: a `PlannedStep` without its arrays, which see for the fields."""
@@ -166,6 +183,11 @@ def _attention_outline(case: Case) -> Outline:
         grows=False,
         branch=0,
     )
+
+
+def problem(case: Case) -> Problem:
+    """A case with its arrays."""
+    return Problem(case, initial_cache(case), tuple(plan(case)))
 
 
 def plan(case: Case) -> list[PlannedStep]:

@@ -17,7 +17,7 @@ from properties.checking import expectations
 from properties.exploring import Failure
 from properties.guards import BitsArray, poison
 from properties.runner import Run, StepRun
-from properties.schedule import PlannedStep, initial_cache, plan
+from properties.schedule import PlannedStep, initial_cache, plan, problem
 from properties.subjects import Subject
 
 MAX_BYTES = 200_000
@@ -42,7 +42,7 @@ def write(failure: Failure, subject: Subject, json_name: str) -> str:
         first, second = failure.sightings
         cases = [first.case] + [second.case] * (second.case != first.case)
         same_bits = (first.tensor, (first.step, first.index), (second.step, second.index))
-    elif failure.kind not in SHOWN:
+    elif failure.kind not in SHOWN or failure.elsewhere:
         return _through_the_suite(failure, subject, json_name, "its own checks cannot show this")
     with_data = _with_data(failure, subject, cases, same_bits)
     if with_data is None or len(with_data) > MAX_BYTES:
@@ -100,7 +100,7 @@ def _with_data(failure: Failure, subject: Subject, cases: list[Case], same_bits:
 
 
 def _run_data(case: Case, subject: Subject) -> dict[str, Any]:
-    made = Run(case, subject, [StepRun(planned) for planned in plan(case)])
+    made = Run(problem(case), subject, [StepRun(planned) for planned in plan(case)])
     with subject.forced(case):
         steps = [
             _step_data(case, step.plan, expected)

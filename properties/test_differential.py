@@ -8,12 +8,14 @@ from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import assert_no_findings, check_values
 from properties.runner import run
-from properties.strategies import cases
+from properties.strategies import aim, cases
 
 
 @given(case=cases())
 def test_output_and_lse_lie_within_the_error_budget_at_every_step(case: Case) -> None:
-    check_values(run(case))
+    used = check_values(run(case))
+
+    aim(out=used.out, lse=used.lse)
 
 
 @given(case=cases())

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from properties.case import MAX_STEPS, Case, Row, Step
+from properties.case import Case, Row, Step
+from properties.values import LATTICE_EXPONENTS
+from references.lattice import lattice_scale
+
+# Families whose numbers stay far from the ends of every format, also times 8.
+MODERATE = ("integers", "iota", "normal", "constant_values", "one_hot", "rising", "falling", "lattice")
+MOST_SINGLE_TOKENS = 7  # each is a call of its own
 
 
 def alone(case: Case, b: int) -> Case:
@@ -90,9 +97,9 @@ def as_single_prefill(case: Case) -> Case:
 
 
 def as_single_tokens(case: Case) -> Case:
-    """The tokens of `appends`, one a call, for as many calls as a case may have; the rest first, in one call."""
+    """The tokens of `appends`, the last ones one a call, seven at most; the rest first, in one call."""
     totals = [sum(row.new) for row in case.rows]
-    calls = min(MAX_STEPS, max([1, *totals]))
+    calls = min(MOST_SINGLE_TOKENS + 1, max([1, *totals]))
     rows = []
     for row, total in zip(case.rows, totals, strict=True):
         singles = min(total, calls - 1)
@@ -112,3 +119,143 @@ def with_new_length(case: Case, b: int, s: int, count: int) -> Case:
     new = rows[b].new
     rows[b] = Row(rows[b].cached, (*new[:s], count, *new[s + 1 :]), rows[b].uid)
     return replace(case, rows=tuple(rows))
+
+
+def roomy(case: Case) -> Case:
+    """The same with a limit that no call passes."""
+    if case.op == "attention":
+        return case
+    most = max((row.cached + sum(row.new) for row in case.rows), default=0)
+    return replace(case, cache_max_len=max(1, most, case.cache_max_len))
+
+
+def one_call(case: Case) -> Case:
+    """The first call alone, on buffers given at the start (or of op "attention"), with room for its tokens."""
+    if case.op == "attention":
+        return case
+    rows = tuple(replace(row, new=row.new[:1]) for row in case.rows)
+    return roomy(
+        replace(
+            case,
+            rows=rows,
+            steps=(Step(case.steps[0].padding, case.steps[0].update_cache),),
+            start="tuple" if case.start == "empty" else case.start,
+            capacity=max([1, case.capacity, *(row.cached + row.new[0] for row in rows)]),
+        )
+    )
+
+
+def plain(case: Case) -> Case:
+    """The first call as one of op "attention", for rows as long as the first."""
+    first = one_call(case)
+    if case.op == "attention":
+        return case
+    longest = max((row.cached + row.new[0] for row in first.rows), default=0)
+    queries = max((row.new[0] for row in first.rows), default=0)
+    return replace(
+        first,
+        op="attention",
+        rows=tuple(Row(longest, (queries,), row.uid) for row in first.rows),
+        steps=(Step(),),
+        start="empty",
+        capacity=0,
+        cache_layout="contiguous",
+        patches=(),
+        kv_split_size=None,
+    )
+
+
+def finite(case: Case) -> Case:
+    """Without elements set by hand."""
+    return replace(case, patches=())
+
+
+def on_the_lattice(case: Case) -> Case:
+    """Numbers with which every intermediate is exact (``references.lattice``), whatever the order of the sums."""
+    allowed = [lattice_scale(j) for j in range(LATTICE_EXPONENTS)]
+    scale = case.scale if case.values == "lattice" and case.scale in allowed else allowed[case.seed % len(allowed)]
+    return finite(with_values(case, "lattice", scale=scale))
+
+
+def moderate(case: Case) -> Case:
+    """Ordinary numbers under an ordinary scale, unless the case has some that neither overflow nor underflow."""
+    if case.values not in MODERATE or case.scale == 0:
+        return finite(with_values(case, "normal", scale=None))
+    return finite(replace(case, gain=0))
+
+
+def contrasting(case: Case) -> Case:
+    """One call in which every argument matters: normal numbers, cached keys and at least two new tokens a row."""
+    case = finite(replace(one_call(case), values="normal", gain=0, scale=None))
+    rows = case.rows or (Row(),)
+    if case.op == "attention":
+        rows = tuple(Row(max(3, row.cached), (max(2, row.new[0]),), row.uid) for row in rows)
+        return replace(case, rows=rows)
+    rows = tuple(Row(max(1, row.cached), (max(2, row.new[0]),), row.uid) for row in rows)
+    needs = max(row.cached + row.new[0] for row in rows)
+    return roomy(replace(case, rows=rows, capacity=max(needs, case.capacity)))
+
+
+def with_an_idle_row(case: Case) -> Case:
+    """One row never holds a token; of op "attention", which has no such rows, the case itself."""
+    if not case.rows or case.op == "attention":
+        return case
+    rows = list(case.rows)
+    b = case.seed % len(rows)
+    rows[b] = Row(0, (0,) * len(case.steps), rows[b].uid)
+    return replace(case, rows=tuple(rows), patches=tuple(p for p in case.patches if p.row != b))
+
+
+def with_one_key(case: Case) -> Case:
+    """One call whose first row sees exactly one key: its own new token; of op "attention", every row."""
+    case = finite(one_call(case))
+    if case.op == "attention":
+        return replace(case, rows=tuple(Row(1, row.new, row.uid) for row in case.rows))
+    return replace(case, rows=tuple(Row(0, (1,), row.uid) if b == 0 else row for b, row in enumerate(case.rows)))
+
+
+def with_power_of_two_keys(case: Case) -> Case:
+    """One non-causal call in which every row sees as many keys as the largest power of two below what it saw."""
+    case = replace(finite(one_call(case)), is_causal=False)
+    rows = []
+    for row in case.rows:
+        keys = max(1, row.cached) if case.op == "attention" else max(1, row.cached + row.new[0])
+        keys = 1 << int(math.log2(keys))
+        new = row.new[0] if case.op == "attention" else max(1, min(row.new[0], keys))
+        rows.append(Row(keys if case.op == "attention" else keys - new, (new,), row.uid))
+    return replace(case, rows=tuple(rows))
+
+
+def not_causal(case: Case) -> Case:
+    """Every query sees every key."""
+    return replace(case, is_causal=False)
+
+
+def with_own_heads(case: Case) -> Case:
+    """No two heads share memory, so that a patch sets one element."""
+    return replace(case, key_layout="contiguous") if case.key_layout == "expanded_heads" else case
+
+
+def then_again(case: Case, refuse_first: bool) -> Case:
+    """A case of one call that fills its longest row to the limit; before it, if asked, one token more, refused."""
+    rows = case.rows
+    needs = max([1, *(row.cached + row.new[0] for row in rows)])
+    limited = replace(case, cache_max_len=needs, steps=(replace(case.steps[0], update_cache=True),))
+    if not refuse_first or case.op == "attention" or not rows:
+        return limited
+    rows = tuple(replace(row, new=(row.new[0] + 1, row.new[0])) for row in rows)
+    return replace(limited, rows=rows, steps=(Step(), *limited.steps))
+
+
+def limits_around(case: Case) -> list[Case]:
+    """The case under the limits one slot below, at and above what one of its rows needs after the first call.
+
+    Args:
+        case: its seed chooses the row.
+    """
+    if case.op == "attention" or not case.rows:
+        return []
+    row = case.rows[case.seed % case.batch]
+    least = max([1, *(r.cached for r in case.rows)])
+    limits = {max(least, row.cached + row.new[0] + beyond) for beyond in (-1, 0, 1)}
+    return [replace(case, cache_max_len=limit) for limit in sorted(limits)]

@@ -8,7 +8,7 @@ import random
 import time
 import zlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +354,7 @@ class Verification:
                 if name != failure.law and time.monotonic() < deadline:
                     sibling = self._try(worker, name, failure.case)
                     broken += [name] if sibling is not None else []
-            failure = Failure(failure.law, failure.case, failure.kind, failure.report, failure.sightings, tuple(broken))
+            failure = replace(failure, sibling_laws=tuple(broken))
         self.results[failure.law].failure = failure
         seconds = time.monotonic() - self.began
         text = f"\nFAILED after {seconds:.0f} s: {self.sentences[failure.law]}\n"

@@ -30,6 +30,8 @@ _GAINS = (0, 0, 0, 1, -3, 3, 6)
 _SPARE = (0, 1, 16, 40)
 _LAYOUTS = ("contiguous", "contiguous", "transposed", "gapped")
 _NON_FINITE = ("nan", "inf", "-inf")
+# Tiles every case may visit, however often a law runs it: enough for two rows and two splits.
+LEAST_TILES = 8
 
 
 @st.composite
@@ -42,6 +44,12 @@ def cases(
     dtypes: Sequence[str] = DTYPES,
     causal: Sequence[bool] = (False, True),
     max_steps: int | None = None,
+    min_steps: int = 1,
+    min_rows: int = 0,
+    min_group: int = 1,
+    min_kv_heads: int = 1,
+    several_splits: bool = False,
+    runs: int = 1,
     overflow: bool = True,
     non_finite: bool = False,
 ) -> Case:
@@ -52,22 +60,28 @@ def cases(
         size: "small" for the interpreter, "large" for a GPU; default what the environment says, else "small".
         ops, families, dtypes, causal: what to draw from, simplest first; all but the first op are rare.
         max_steps: at most so many calls.
+        min_steps: at least so many, unless the op is "attention".
+        min_rows, min_group, min_kv_heads: at least so many rows, query heads a kv head, kv heads.
+        several_splits: whether tiles and splits are forced and some row starts with more keys than a split takes;
+            for ops that have a cache.
+        runs: how often the law runs a case of this size: cases get as much smaller.
         overflow: whether calls may have to raise for want of slots.
         non_finite: whether to set one or two elements of key or value to NaN or an infinity.
     """
-    limits = chosen_size(size)
+    limits = _at_least(chosen_size(size), min_group, min_kv_heads)
+    limits = replace(limits, max_tiles=max(LEAST_TILES, limits.max_tiles // runs))
     op = choose(draw, "op", (ops[0],) * (6 - len(ops)) + tuple(ops[1:])) if len(ops) > 1 else ops[0]
     plain = op == "attention"
-    steps = draw_steps(draw, min(limits.max_steps, max_steps or limits.max_steps))
-    drafts = draw_rows(draw, limits)
-    if rarely(draw, "no rows", 30):
+    steps = draw_steps(draw, min(limits.max_steps, max_steps or limits.max_steps), min_steps)
+    drafts = draw_rows(draw, limits, min_rows)
+    if rarely(draw, "no rows", 30) and not (min_rows or several_splits):
         drafts = []
     exchanges = draw_exchanges(draw, len(drafts), len(steps))
     nothing_cached = rarely(draw, "nothing cached", 4)
 
-    block_n = choose(draw, "block_n", (None, *limits.tiles))
+    block_n = choose(draw, "block_n", limits.tiles if several_splits else (None, *limits.tiles))
     block_m = choose(draw, "block_m", (None, *limits.tiles))
-    splits = choose(draw, "kv_split_size", (None, *limits.splits))
+    splits = choose(draw, "kv_split_size", limits.splits if several_splits else (None, *limits.splits))
     kv_split_size = block_n * splits if block_n and splits and not plain else None
     tile, split = block_n or 16, kv_split_size or 64
     cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
@@ -76,10 +90,14 @@ def cases(
     if plain:
         steps = (Step(),)
         rows = tuple(_attention_row(rows[0], row.uid, keys_include_queries) for row in rows)
+    elif several_splits:
+        if rows[0].cached <= split:
+            rows = (replace(rows[0], cached=split + max(1, rows[0].cached)), *rows[1:])
     elif nothing_cached:
         rows = tuple(replace(row, cached=0) for row in rows)
 
-    schedule = _Schedule(op, rows, steps, block_m, block_n).within(limits.max_tiles)
+    least = (1 if plain else min_steps, max(min_rows, 1), several_splits)
+    schedule = _Schedule(op, rows, steps, block_m, block_n).within(limits.max_tiles, *least)
     fields: Fields = {"op": op, "rows": schedule.rows, "steps": schedule.steps}
     fields |= {"block_m": block_m, "block_n": block_n, "kv_split_size": kv_split_size}
     fields |= _dimensions(draw, schedule, limits)
@@ -93,6 +111,12 @@ def cases(
     if non_finite and schedule.rows:
         fields |= {"patches": _patches(draw, fields)}
     return Case(**fields)
+
+
+def _at_least(limits: Size, group: int, kv_heads: int) -> Size:
+    """The limits without fewer heads than that."""
+    groups = tuple(n for n in limits.groups if n >= group)
+    return replace(limits, groups=groups, kv_heads=tuple(n for n in limits.kv_heads if n >= kv_heads))
 
 
 def _attention_row(first: Row, uid: int, keys_include_queries: bool) -> Row:
@@ -132,21 +156,23 @@ class _Schedule:
         """Tokens all calls are given or see, for one head."""
         return sum(call.q_len + kv_len for call in self.calls for kv_len in call.kv_lens)
 
-    def within(self, max_tiles: int) -> _Schedule:
+    def within(self, max_tiles: int, min_steps: int, min_rows: int, keep_cached: bool) -> _Schedule:
         """Drop last rows and last steps, in turn, then what is cached, until one head fits the limit."""
         rows, steps = self.rows, self.steps
         if not rows or self.tiles(1) <= max_tiles:
             return self
-        if len(rows) > 1 and len(rows) + 1 >= len(steps):
+        few = len(steps) <= min_steps
+        if len(rows) > min_rows and (few or len(rows) + 1 >= len(steps)):
             rows = rows[:-1]
-        elif len(steps) > 1:
+        elif not few:
             steps = steps[:-1]
             rows = tuple(replace(row, new=row.new[:-1]) for row in rows)
-        elif rows[0].cached:
-            rows = (replace(rows[0], cached=0),)
+        elif any(row.cached for row in rows) and not keep_cached:
+            rows = tuple(replace(row, cached=0) for row in rows)
         else:
             return self
-        return _Schedule(self.op, rows, steps, self.block_m, self.block_n).within(max_tiles)
+        smaller = _Schedule(self.op, rows, steps, self.block_m, self.block_n)
+        return smaller.within(max_tiles, min_steps, min_rows, keep_cached)
 
 
 def _largest_within(options: Sequence[int], chosen: int, fits: Any) -> int:

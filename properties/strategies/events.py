@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from hypothesis import event
+from hypothesis import currently_in_test_context, event, target
 
 from properties.case import DTYPES, FAMILIES, LAYOUTS, OPS, STARTS, TILES, Case
 from properties.schedule import Outline, outline
@@ -114,6 +114,13 @@ def describe(case: Case) -> frozenset[str]:
     names.update(_of_options(case))
     names.update(name for a, b in pairwise(calls) for name in _of_pair(a, b))
     return frozenset(names)
+
+
+def aim(**shares: float) -> None:
+    """Have Hypothesis look for cases that use more of a budget: error / budget by the name of what is compared."""
+    if currently_in_test_context():
+        for name, share in shares.items():
+            target(share, label=f"{name} error / budget")
 
 
 def record(case: Case) -> None:

@@ -65,7 +65,7 @@ class Exchange:
     length: tuple[int, int]
 
 
-def draw_rows(draw: Draw, limits: Size) -> list[RowDraft]:
+def draw_rows(draw: Draw, limits: Size, least: int = 0) -> list[RowDraft]:
     """At least one row; five choices each, and one more that ends the list, however long it is."""
     drafts: list[RowDraft] = []
     stops = (None,) * (8 if limits.max_rows < 8 else 1)
@@ -73,7 +73,7 @@ def draw_rows(draw: Draw, limits: Size) -> list[RowDraft]:
     while True:
         b = len(drafts)
         uid = choose(draw, f"rows[{b}].uid", (*stops, *_UIDS))
-        if (uid is None and drafts) or b == limits.max_rows:
+        if (uid is None and b >= max(1, least)) or b == limits.max_rows:
             return drafts
         first = choose(draw, f"rows[{b}].first blocks", (0, *blocks))
         first_offset = choose(draw, f"rows[{b}].first offset", _NEW_OFFSETS)
@@ -84,13 +84,13 @@ def draw_rows(draw: Draw, limits: Size) -> list[RowDraft]:
         drafts.append(RowDraft(uid or 0, (first, first_offset), (cached, cached_offset)))
 
 
-def draw_steps(draw: Draw, most: int) -> tuple[Step, ...]:
+def draw_steps(draw: Draw, most: int, least: int = 1) -> tuple[Step, ...]:
     """At least one step; three choices each, and one more that ends the list, however long it is."""
     drafts: list[StepDraft] = []
     while True:
         s = len(drafts)
         kind = choose(draw, f"steps[{s}].kind", (None,) * 2 + _KINDS)
-        if (kind is None and drafts) or s == most:
+        if (kind is None and s >= least) or s == most:
             return _steps_from(drafts)
         amount = choose(draw, f"steps[{s}].amount", (1, 2, 3, 16, 17))
         padding = choose(draw, f"steps[{s}].padding", (0, 0, 0, 1, 2, 15))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +61,8 @@ class Subject:
         tiles: (case, q_len, cached, new) -> the tiles in which it visits the keys of one row, for the error budget.
         model: its arithmetic on "cpu" or "cuda".
         slow: whether it gets small cases on a GPU too.
+        paths: contexts that force one of its kernels each, by name; on a correct one they agree.
+        is_disturbed: it is called in another way than a case says (see ``properties.callers``).
     """
 
     spec: str
@@ -73,6 +75,8 @@ class Subject:
     tiles: Callable[[Case, int, int, int], Tiles] = _unknown_tiles
     model: Callable[[str], ArithmeticModel] = _permissive
     slow: bool = False
+    paths: Mapping[str, Callable[[Case], AbstractContextManager[Any]]] = field(default_factory=dict)
+    is_disturbed: bool = False
 
 
 def load(spec: str) -> Subject:
@@ -109,6 +113,11 @@ def load(spec: str) -> Subject:
         allocators=(module,) if callable(getattr(module, "empty", None)) else (),
         slow=getattr(module, "SLOW", False) is True,
     )
+
+
+def forced_to(subject: Subject, forced: Callable[[Case], AbstractContextManager[Any]]) -> Subject:
+    """The subject with one of its ``paths`` forced."""
+    return replace(subject, forced=forced, is_disturbed=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -19,6 +20,11 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 def forced(case: Case) -> AbstractContextManager[None]:
     """Force the case's split size; its tiles are arguments of the call."""
     return tuning.forced(kv_split_size=case.kv_split_size)
+
+
+def on_path(path: tuning.Path, case: Case) -> AbstractContextManager[None]:
+    """Force the case's split size, and a kernel where the call fits it."""
+    return tuning.forced(path=path, kv_split_size=case.kv_split_size)
 
 
 def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
@@ -62,4 +68,5 @@ def subject() -> Subject:
         forced=forced,
         tiles=tiles,
         model=model,
+        paths={"prefill": partial(on_path, "prefill"), "split": partial(on_path, "split")},
     )

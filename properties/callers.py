@@ -1,0 +1,194 @@
+"""Ways to call a kernel that must not matter: each turns a subject into one that is called so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from properties.guards import GUARD_ELEMENTS
+from properties.subjects import Subject
+
+Function = Callable[..., Any]
+
+
+def _wrapped(subject: Subject, wrap: Callable[[Function], Function]) -> Subject:
+    return replace(
+        subject,
+        attention_with_kv_cache=wrap(subject.attention_with_kv_cache),
+        attention=None if subject.attention is None else wrap(subject.attention),
+        is_disturbed=True,
+    )
+
+
+def repeating(subject: Subject) -> Subject:
+    """Every call is made twice on the same cache; the second one's results count (a retry)."""
+
+    def wrap(function: Function) -> Function:
+        def twice(*tensors: Any, **options: Any) -> Any:
+            function(*tensors, **options)
+            return function(*tensors, **options)
+
+        return twice
+
+    return _wrapped(subject, wrap)
+
+
+def interleaved(subject: Subject) -> Subject:
+    """Before every call others are made, with another head_dim, dtype, batch, scale and number of splits."""
+    other = subject.attention_with_kv_cache
+
+    def disturb(device: torch.device, like: torch.dtype) -> None:
+        for dtype, head_dim, cached in ((torch.float32, 24, 40), (like, 64, 3)):
+            new = torch.full((3, 2, 2, head_dim), 3.0, dtype=dtype, device=device)
+            buffers = tuple(torch.full((3, 2, 64, head_dim), 2.0, dtype=dtype, device=device) for _ in range(2))
+            lens = torch.tensor([cached, 0, 7], dtype=torch.int64, device=device)
+            other(new.repeat(1, 3, 1, 1), new, new, buffers, lens, scale=2.0, block_n=16, is_causal=True)
+
+    def wrap(function: Function) -> Function:
+        def disturbed(*tensors: Any, **options: Any) -> Any:
+            disturb(tensors[0].device, tensors[0].dtype)
+            return function(*tensors, **options)
+
+        return disturbed
+
+    return _wrapped(subject, wrap)
+
+
+def with_lengths_as(subject: Subject, dtype: torch.dtype) -> Subject:
+    """Lengths arrive as integers of another width, and as every second element of a larger tensor."""
+
+    def wrap(function: Function) -> Function:
+        def converted(*tensors: Any, **options: Any) -> Any:
+            for name in ("seq_lens", "new_lens"):
+                if name in options:
+                    wide = torch.full((2 * len(options[name]),), 2**30, dtype=dtype, device=options[name].device)
+                    wide[::2] = options[name]
+                    options[name] = wide[::2]
+            return function(*tensors, **options)
+
+        return converted
+
+    return _wrapped(subject, wrap)
+
+
+def unaligned(subject: Subject) -> Subject:
+    """Query, key and value start one element past an aligned address."""
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+        view = room[1:].view(tensor.shape)
+        return view.copy_(tensor)
+
+    def wrap(function: Function) -> Function:
+        return lambda *tensors, **options: function(*(shifted(tensor) for tensor in tensors), **options)
+
+    return _wrapped(subject, wrap)
+
+
+def far_apart(subject: Subject, axis: int) -> Subject:
+    """Offsets pass 2**31 elements: neighbours along one axis of every tensor lie far from each other.
+
+    The caller's cache is left alone; the one returned lies in the large memory. On the CPU most of that is never
+    touched and so costs nothing.
+
+    Args:
+        subject: the kernel.
+        axis: 0 batch rows, 1 heads, 2 tokens.
+    """
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        count = tensor.shape[axis]
+        if count < 2 or not tensor.numel():
+            return tensor
+        # The last one along the axis starts past 2**31 elements; a multiple of 8 keeps it aligned.
+        far = -(-(2**31 + 8) // (count - 1) // 8) * 8
+        strides = [0] * 4
+        step = 1
+        for dim in (3, 2, 1, 0):
+            if dim != axis:
+                strides[dim], step = step, step * tensor.shape[dim]
+            if dim == 3:
+                step = -(-step // 8) * 8
+        strides[axis] = max(far, -(-step // 8) * 8)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
+        memory = torch.empty(span + GUARD_ELEMENTS, dtype=tensor.dtype, device=tensor.device)
+        return memory.as_strided(tensor.shape, strides).copy_(tensor)
+
+    def wrap(function: Function) -> Function:
+        def far(*tensors: Any, **options: Any) -> Any:
+            past = options.get("past_key_value")
+            if past is not None:
+                options["past_key_value"] = tuple(spread(buffer) for buffer in past)
+                options.setdefault("seq_lens", getattr(past, "seq_lens", None))
+            return function(*(spread(tensor) for tensor in tensors), **options)
+
+        return far
+
+    return _wrapped(subject, wrap)
+
+
+def on_a_side_stream(subject: Subject) -> Subject:
+    """Every call on a stream of its own, which waits for the inputs and is waited for."""
+
+    def wrap(function: Function) -> Function:
+        def aside(*tensors: Any, **options: Any) -> Any:
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function(*tensors, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+
+        return aside
+
+    return _wrapped(subject, wrap)
+
+
+def beside_another_stream(subject: Subject) -> Subject:
+    """While a call runs, read-only calls of the same shape on the same cache run on another stream."""
+
+    def wrap(function: Function) -> Function:
+        def crowded(*tensors: Any, **options: Any) -> Any:
+            others = {**options, "update_cache": False} if "update_cache" in options else options
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    function(*tensors, **others)
+            result = function(*tensors, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+
+        return crowded
+
+    return _wrapped(subject, wrap)
+
+
+def on_device(subject: Subject, device: str) -> Subject:
+    """The call's tensors on another device than the current one; its results brought back."""
+
+    def wrap(function: Function) -> Function:
+        def elsewhere(*tensors: Any, **options: Any) -> Any:
+            home = tensors[0].device
+            past = options.get("past_key_value")
+            if past is not None:
+                options.setdefault("seq_lens", getattr(past, "seq_lens", None))
+                options["past_key_value"] = tuple(buffer.to(device) for buffer in past)
+            for name in ("seq_lens", "new_lens"):
+                if name in options:
+                    options[name] = options[name].to(device)
+            result = function(*(tensor.to(device) for tensor in tensors), **options)
+            out, *cache, lse = result
+            for kept in cache:
+                if kept is not None:
+                    lengths = kept.seq_lens.to(home)
+                    assert subject.make_cache is not None
+                    cache = [subject.make_cache(*(buffer.to(home) for buffer in kept), lengths)]
+            return (out.to(home), *cache, lse.to(home))
+
+        return elsewhere
+
+    return _wrapped(subject, wrap)

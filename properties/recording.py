@@ -1,0 +1,104 @@
+"""Calls made without the runner: captured in a CUDA graph (which needs CUDA), or repeated many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from properties import device as devices
+from properties.assertions import Got
+from properties.case import Case
+from properties.guards import bits_of, tensor_of, torch_dtype
+from properties.schedule import problem
+from properties.subjects import Subject
+
+Tensors = dict[str, Any]
+
+
+def _tensors(case: Case) -> tuple[Tensors, Tensors]:
+    """The arguments of the first call, and its cache: lengths in tensors of their own."""
+    given = problem(case)
+    step, dtype = given.steps[0], torch_dtype(case.dtype)
+    assert given.initial is not None
+    arguments = {name: tensor_of(getattr(step, name), dtype, devices.current()) for name in ("query", "key", "value")}
+    arguments["new_lens"] = torch.tensor(step.new_lens, dtype=torch.int32, device=devices.current())
+    cache = {
+        "k": tensor_of(given.initial.key, dtype, devices.current()),
+        "v": tensor_of(given.initial.value, dtype, devices.current()),
+        "seq_lens": torch.tensor(step.seq_lens, dtype=torch.int32, device=devices.current()),
+    }
+    return arguments, cache
+
+
+def _call(case: Case, subject: Subject, arguments: Tensors, cache: Any) -> Any:
+    options = {name: getattr(case, name) for name in ("scale", "block_m", "block_n")}
+    with subject.forced(case):
+        return subject.attention_with_kv_cache(
+            **arguments,
+            past_key_value=cache,
+            cache_max_len=case.cache_max_len,
+            is_causal=case.is_causal,
+            return_lse=True,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+
+
+def _got(case: Case, out: torch.Tensor, lse: torch.Tensor) -> Got:
+    bits = [np.ascontiguousarray(bits_of(tensor)) for tensor in (out, lse)]
+    return Got(bits[0], bits[1], case.dtype, case, is_transformed=True)
+
+
+def replayed(case: Case, subject: Subject) -> Iterator[tuple[Got, Got]]:
+    """A call replayed and made, with the case's numbers, then with rows cut short, then with other numbers."""
+    assert subject.make_cache is not None
+    arguments, cache = _tensors(case)
+    k, v, lens = cache["k"], cache["v"], cache["seq_lens"]
+    _call(case, subject, arguments, subject.make_cache(k.clone(), v.clone(), lens.clone()))  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    recorded_cache = subject.make_cache(k, v, lens)
+    with torch.cuda.graph(graph):
+        out, recorded, lse = _call(case, subject, arguments, recorded_cache)
+
+    for change in ("none", "lengths", "numbers"):
+        if change == "lengths":
+            lens //= 2
+        if change == "numbers":
+            arguments["query"].neg_()
+            arguments["value"].neg_()
+        eager_cache = subject.make_cache(k.clone(), v.clone(), lens.clone())
+        eager_out, stored, eager_lse = _call(case, subject, arguments, eager_cache)
+        graph.replay()
+        torch.cuda.synchronize()
+        graphed, eager = _got(case, out, lse), _got(case, eager_out, eager_lse)
+        if graphed.out.size:
+            yield graphed, eager
+        # The caches as if they were outputs: every slot, then the lengths.
+        for one, other in ((recorded[0], stored[0]), (recorded[1], stored[1])):
+            lengths = [tensor.seq_lens.reshape(-1, 1, 1) for tensor in (recorded, stored)]
+            yield _got(case, one, lengths[0]), _got(case, other, lengths[1])
+
+
+def repeated(case: Case, subject: Subject, times: int) -> Iterator[tuple[Got, Got]]:
+    """The first result of a call beside every other one that differs from it; itself if none does."""
+    if not case.rows or case.op == "attention":
+        return
+    arguments, cache = _tensors(case)
+    buffers, lens = (cache["k"], cache["v"]), cache["seq_lens"]
+    first_out, _, first_lse = _call(case, subject, {**arguments, "seq_lens": lens}, buffers)
+    first = _got(case, first_out, first_lse)
+    if not first.out.size:
+        return
+    yield first, first
+    for _ in range(times - 1):
+        out, _, lse = _call(case, subject, {**arguments, "seq_lens": lens}, buffers)
+        same = torch.equal(_bits(out), _bits(first_out)) and torch.equal(_bits(lse), _bits(first_lse))
+        if not same:
+            yield first, _got(case, out, lse)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)

@@ -1,0 +1,50 @@
+"""A row's result is its own: neighbours, their order and spare slots change no bit of it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from properties.assertions import assert_same_outputs
+from properties.case import Case
+from properties.runner import run
+from properties.strategies import cases
+from properties.transformations import shuffled
+from properties.variants import alone, permuted, roomy, with_an_idle_row, with_capacity
+
+
+@given(case=cases(min_rows=2, runs=2, overflow=False))
+def test_a_row_alone_equals_the_row_in_its_batch(case: Case) -> None:
+    case = roomy(case)
+    together = run(case).outputs
+
+    for b in range(case.batch):
+        single = run(alone(case, b)).outputs
+        assert_same_outputs([got.rows(b) for got in together], single, f"row {b} in its batch and alone")
+
+
+@given(case=cases(min_rows=2, runs=2, overflow=False))
+def test_a_row_equals_itself_beside_an_empty_one(case: Case) -> None:
+    case = roomy(case)
+    beside, before = run(with_an_idle_row(case)).outputs, run(case).outputs
+    others = [b for b in range(case.batch) if b != case.seed % case.batch or case.op == "attention"]
+
+    for got, old in zip(beside, before, strict=True):
+        queries = min(got.out.shape[2], old.out.shape[2])  # beyond the longest other row there is padding only
+        kept = [g.rows(others).queries(slice(queries)) for g in (got, old)]
+        assert_same_outputs(kept[:1], kept[1:], "rows beside an empty row and beside its former self")
+
+
+@given(case=cases(min_rows=2, runs=2, overflow=False))
+def test_permuting_rows_permutes_results(case: Case) -> None:
+    case, order = roomy(case), shuffled(case.batch, case.seed)
+    moved, still = run(permuted(case, order)).outputs, run(case).outputs
+
+    assert_same_outputs(moved, [got.rows(order) for got in still], "the permuted and the plain batch")
+
+
+@given(case=cases(ops=("attention_with_kv_cache",), runs=2, overflow=False))
+def test_spare_capacity_changes_nothing(case: Case) -> None:
+    case = roomy(case)
+    spacious = with_capacity(case, max(case.capacity, case.cache_max_len) + 1 + case.seed)
+
+    assert_same_outputs(run(spacious).outputs, run(case).outputs, "a cache with room to spare and without")

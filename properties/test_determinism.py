@@ -1,0 +1,43 @@
+"""A call's result follows from its arguments: not from what ran before, nor from how often it is asked."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+
+from properties import callers, subjects
+from properties.assertions import assert_same_outputs
+from properties.case import Case
+from properties.checking import assert_no_findings
+from properties.runner import run
+from properties.strategies import cases
+
+
+@given(case=cases(runs=3))
+def test_running_twice_gives_the_same_bits(case: Case) -> None:
+    assert_same_outputs(run(case).outputs, run(case).outputs, "the first and the second run")
+
+
+@given(case=cases(runs=3))
+def test_repeating_a_call_on_the_same_cache_changes_nothing(case: Case) -> None:
+    repeated = run(case, callers.repeating(subjects.active()))
+
+    assert_same_outputs(repeated.outputs, run(case).outputs, "a repeated call and a single one")
+    assert_no_findings(repeated, ["append", "cache", "lengths", "inputs"])
+
+
+@given(case=cases(runs=3))
+def test_other_calls_in_between_change_nothing(case: Case) -> None:
+    """No workspace, counter or plan of another shape, scale or dtype survives into a call."""
+    interleaved = run(case, callers.interleaved(subjects.active()))
+
+    assert_same_outputs(interleaved.outputs, run(case).outputs, "calls with others in between and without")
+
+
+@given(case=cases(ops=("attention_with_kv_cache",), runs=3))
+def test_how_lengths_are_stored_does_not_matter(case: Case) -> None:
+    plain = run(case).outputs
+    for dtype in (torch.int32, torch.int64):
+        other = run(case, callers.with_lengths_as(subjects.active(), dtype)).outputs
+
+        assert_same_outputs(other, plain, f"lengths as strided {dtype} and as plain integers")

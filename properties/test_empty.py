@@ -1,0 +1,35 @@
+"""Nothing to attend to is 0 and -inf, never NaN."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+
+from properties.assertions import assert_same_numbers
+from properties.case import Case
+from properties.checking import assert_no_findings, check_values
+from properties.runner import run
+from properties.strategies import cases
+from properties.variants import with_an_idle_row
+from properties.visible import visible_counts
+
+
+@given(case=cases(min_rows=1))
+def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity(case: Case) -> None:
+    made = run(with_an_idle_row(case))
+    assert_no_findings(made, ["raised", "overflow", "result"])
+
+    for step in made.steps:
+        if step.got is not None:
+            blind = visible_counts(step.plan, case.is_causal)[:, None] == 0  # [batch, 1, q_len]
+            out = np.where(blind[..., None], step.got.values, 0.0)
+            lse = np.where(blind, step.got.lse_values, 0.0)
+            assert_same_numbers("out", step.got, out, np.zeros(out.shape), "a query without keys and zero")
+            nothing = np.where(blind, -np.inf, np.zeros(lse.shape))
+            assert_same_numbers("lse", step.got, lse, nothing, "a query without keys and -inf")
+
+
+@given(case=cases(min_rows=2, several_splits=True, ops=("attention_with_kv_cache",)))
+def test_an_empty_row_keeps_its_neighbours_splits_apart(case: Case) -> None:
+    """Splits that a row does not have add nothing to it: neighbours hold their own numbers."""
+    check_values(run(with_an_idle_row(case)))

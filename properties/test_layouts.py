@@ -1,0 +1,36 @@
+"""Where numbers lie in memory does not matter."""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from properties import callers, subjects
+from properties.assertions import assert_same_outputs
+from properties.case import Case
+from properties.checking import assert_no_findings
+from properties.runner import run
+from properties.strategies import cases
+from properties.variants import contiguous, one_call
+
+
+@given(case=cases(runs=2))
+def test_strided_inputs_equal_contiguous_ones(case: Case) -> None:
+    """Transposed, sliced out of something larger, every second element, expanded: the same bits."""
+    assert_same_outputs(run(case).outputs, run(contiguous(case)).outputs, "strided tensors and contiguous ones")
+
+
+@given(case=cases(max_steps=2, runs=2))
+def test_unaligned_inputs_equal_aligned_ones(case: Case) -> None:
+    unaligned = run(case, callers.unaligned(subjects.active())).outputs
+
+    assert_same_outputs(unaligned, run(case).outputs, "unaligned tensors and aligned ones")
+
+
+@given(case=cases(max_steps=1, dtypes=("float16",), min_rows=2, min_kv_heads=2))
+def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
+    """Batch rows, heads or tokens 2**31 elements apart give the same bits and get the same tokens appended."""
+    case = contiguous(one_call(case))
+    far = run(case, callers.far_apart(subjects.active(), case.seed % 3))
+
+    assert_same_outputs(far.outputs, run(case).outputs, "tensors that span 2**31 elements and dense ones")
+    assert_no_findings(far, ["append", "lengths", "inputs"])

@@ -1,0 +1,28 @@
+"""Capacity is a limit that is kept to the slot."""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from properties.assertions import assert_same_outputs
+from properties.case import Case
+from properties.checking import check_run
+from properties.runner import run
+from properties.strategies import cases
+from properties.variants import limits_around, one_call, then_again
+
+
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=2, runs=3))
+def test_a_row_fits_to_its_last_slot_and_not_one_further(case: Case) -> None:
+    """At the limit a row needs, one slot above and one below: refused whole or done whole, whichever row it is."""
+    for limited in limits_around(case):
+        check_run(run(limited))
+
+
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, runs=3))
+def test_a_call_after_an_overflow_works(case: Case) -> None:
+    """A refused call leaves the cache as it was: the next valid one gives what it would have given."""
+    first = one_call(case)
+    refused, valid = run(then_again(first, refuse_first=True)), run(then_again(first, refuse_first=False))
+
+    assert_same_outputs(refused.outputs[-1:], valid.outputs[-1:], "a call after an overflow and without")

@@ -1,0 +1,74 @@
+"""Every branch of the way from a call to its kernels is taken by drawn cases: no law can judge one that is not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from flashcore.fast import attention_production
+from properties.case import Case
+from properties.runner import run
+from properties.strategies import cases
+
+FLAGS = ("MASK_D", "CAUSAL", "APPEND", "HAS_SEQ_LENS", "HAS_NEW_LENS")
+BRANCHES = {
+    *(f"{path}, {flag}={value}" for path in ("prefill", "split") for flag in FLAGS for value in (False, True)),
+    *(f"split, NEW_AHEAD={value}" for value in (False, True)),
+    *(f"split, splits {count}" for count in ("1", "2", "3 or more")),
+    *(f"{path}, row tiles {count}" for path in ("prefill", "split") for count in ("1", "several")),
+    "append alone",
+}
+
+
+class Spy:
+    """Stands in for a kernel: notes how it is launched and computes nothing."""
+
+    def __init__(self, path: str, seen: set[str]) -> None:
+        self.path, self.seen = path, seen
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            if self.path == "append":
+                self.seen.add("append alone")
+                arguments[0].zero_()
+                return
+            flags = [*FLAGS, "NEW_AHEAD"] if self.path == "split" else FLAGS
+            self.seen.update(f"{self.path}, {flag}={bool(constants[flag])}" for flag in flags)
+            numbers = [argument for argument in arguments if not isinstance(argument, torch.Tensor)]
+            # qk_scale, then the sizes in the order of the kernel's signature
+            num_kv_heads, row_tiles = numbers[5], numbers[9]
+            self.seen.add(f"{self.path}, row tiles {'1' if row_tiles == 1 else 'several'}")
+            if self.path == "split":
+                splits = numbers[10]
+                assert grid[0] % (splits * row_tiles * num_kv_heads) == 0
+                self.seen.add(f"split, splits {('1', '2', '3 or more')[min(splits, 3) - 1]}")
+            arguments[2].zero_() if arguments[2].dtype == torch.int32 else None
+
+        return launch
+
+
+def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: Counter[str] = Counter()
+    seen: set[str] = set()
+    for path, name in (
+        ("prefill", "prefill_attention"),
+        ("split", "split_kv_attention"),
+        ("append", "append_new_tokens"),
+    ):
+        monkeypatch.setattr(attention_production, name, Spy(path, seen))
+
+    @settings(max_examples=1000, database=None, deadline=None, derandomize=True)
+    @given(cases(size="small"))
+    def count(case: Case) -> None:
+        seen.clear()
+        run(case)
+        taken.update(seen)
+
+    count()
+
+    assert taken.keys() <= BRANCHES
+    assert {branch: taken[branch] for branch in BRANCHES if taken[branch] * 200 < 1000} == {}
