@@ -59,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     keep.add_argument("--story", required=True, metavar="TEXT", help="what the case shows, in a sentence")
     keep.set_defaults(run=_promote)
 
+    planted = commands.add_parser("mutants", help="plant faults in copies of the source: do the laws see them?")
+    planted.add_argument("--id", nargs="+", default=[], metavar="ID", dest="ids", help="only these")
+    planted.add_argument("--class", metavar="NAME", dest="category", help="only this class, such as TAIL")
+    planted.add_argument("--profile", choices=list(verify.PROFILES), default="ci")
+    planted.add_argument("--fast", action="store_true", help="one of each class, few cases, no baselines")
+    planted.add_argument("--seconds", type=_seconds, metavar="S", help="time of one mutant, to its first failing case")
+    planted.add_argument("--seed", type=int, default=0, metavar="N", help="draw other cases")
+    planted.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    planted.add_argument("--markdown", type=Path, metavar="FILE", help="also write the document here")
+    planted.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
+    planted.add_argument("--device", choices=DEVICES, default="auto")
+    planted.set_defaults(run=_mutants)
+
     names = commands.add_parser("laws", help="list the laws")
     names.set_defaults(run=_laws)
     kernels = commands.add_parser("subjects", help="list the kernels that come with the suite")
@@ -120,6 +133,26 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     print(promote(arguments.file, arguments.story))
     return 0
+
+
+def _mutants(arguments: argparse.Namespace) -> int:
+    from properties.mutants import score
+
+    workers, _ = verify.workers_for(arguments.device, arguments.workers)
+    return score.main(
+        score.Options(
+            ids=tuple(arguments.ids),
+            category=arguments.category,
+            profile=arguments.profile,
+            fast=arguments.fast,
+            seconds=arguments.seconds,
+            seed=arguments.seed,
+            device=arguments.device,
+            workers=workers,
+            json_path=arguments.json,
+            markdown_path=arguments.markdown,
+        )
+    )
 
 
 def _laws(arguments: argparse.Namespace) -> int:

@@ -74,12 +74,22 @@ class Assignment:
 
 @dataclass
 class Outcome:
-    """What exploring a law gave."""
+    """What exploring a law gave.
+
+    Attributes:
+        law: its name.
+        tally: what was run, the cases of shrinking included.
+        seconds: all of it took.
+        failure: the smallest failing case found.
+        cases_to_failure, seconds_to_failure: until the first failing case, itself included; 0 if there is none.
+    """
 
     law: str
     tally: Tally
     seconds: float
     failure: Failure | None = None
+    cases_to_failure: int = 0
+    seconds_to_failure: float = 0.0
 
 
 @dataclass
@@ -93,6 +103,7 @@ class _Watch:
     tally: Tally
     failed: Failure | None = None
     shrink_deadline: float | None = field(default=None)
+    first_failed: tuple[int, float] | None = None
 
     def run(self, case: Case) -> None:
         now = time.monotonic()
@@ -122,7 +133,9 @@ class _Watch:
 
     def _note(self, case: Case, error: Exception) -> None:
         if self.failed is None:
-            self.shrink_deadline = time.monotonic() + self.shrink_seconds
+            now = time.monotonic()
+            self.first_failed = self.tally.cases, now
+            self.shrink_deadline = now + self.shrink_seconds
         elif reduction.size(case) >= reduction.size(self.failed.case):
             return
         self.failed = failure_of(self.law.name, case, error)
@@ -175,7 +188,11 @@ def explore(law: Law, work: Assignment, journal: Journal | None = None) -> Outco
             watch.failed = _search_error(law, error)
     if watch.failed is not None and watch.failed.kind not in ("error", "search"):
         _reduce(watch, time.monotonic() + work.shrink_seconds / 2)
-    return Outcome(law.name, tally, time.monotonic() - began, watch.failed)
+    outcome = Outcome(law.name, tally, time.monotonic() - began, watch.failed)
+    if watch.first_failed is not None:
+        outcome.cases_to_failure, when = watch.first_failed
+        outcome.seconds_to_failure = when - began
+    return outcome
 
 
 def _leave_if_lost(error: Exception) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def strides(shape: Sequence[int], layout: str) -> tuple[int, int, int, int]:
+def strides(shape: Sequence[int], layout: str, *, of_values: bool = False) -> tuple[int, int, int, int]:
     """Strides in elements of a tensor whose first element is the first of its memory.
 
     Args:
@@ -19,10 +19,20 @@ def strides(shape: Sequence[int], layout: str) -> tuple[int, int, int, int]:
             "gapped": every second element, and after each token, head and batch row an element, a token and a
                 head left out; a token's stride is odd, so hardly anything is aligned.
             "expanded_heads": one head's memory for all heads (stride 0); never written.
+        of_values: a value tensor lies otherwise than the key tensor of the same layout, so that a kernel which takes
+            one's strides for the other's is seen. "transposed": 8 elements after each token are left out. "gapped":
+            whole tokens, 8 elements apart; the stride of a head is odd.
     """
     _, heads, tokens, head_dim = shape
     if layout == "contiguous":
         return (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
+    if layout == "transposed" and of_values:
+        token = heads * head_dim + 8
+        return (tokens * token, head_dim, token, 1)
+    if layout == "gapped" and of_values:
+        token = head_dim + 8
+        head = (tokens + 1) * token + (tokens + 1) * token % 2 + 1
+        return (-(-(heads + 1) * head // 8) * 8, head, token, 1)
     if layout == "transposed":
         return (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
     if layout == "gapped":

@@ -61,12 +61,14 @@ class Death:
 class Worker:
     """One worker process, its pipe and its journal."""
 
-    def __init__(self, folder: Path, number: int, subject: str, device: str, gpu: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, number: int, subject: str, device: str, gpu: int | None = None, first_on_path: str = ""
+    ) -> None:
         """Start the process; ``ready`` waits for it."""
         self.number = number
         self.task: Task | None = None
         self._path = folder / f"worker-{number}"
-        self._setup = Setup(subject, device, str(self._path), gpu)
+        self._setup = Setup(subject, device, str(self._path), gpu, first_on_path)
         self._journal = Journal(self._path)
         self._cases_before = 0
         self._start()

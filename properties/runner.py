@@ -197,7 +197,7 @@ class _Session:
         for name, bits in (("k_cache", given.key.copy()), ("v_cache", given.value.copy())):
             if self.poisoned:
                 np.moveaxis(bits, 2, 1)[unwritten] = poison(self.case.dtype, "unused")
-            strides = layouts.strides(bits.shape, self.case.cache_layout)
+            strides = layouts.strides(bits.shape, self.case.cache_layout, of_values=name == "v_cache")
             buffers.append(Guarded.holding(name, bits, self.dtype, self.device, strides))
         self.buffers += buffers
         k, v = buffers
@@ -284,7 +284,8 @@ class _Session:
                 bits = bits.copy()
                 np.moveaxis(bits, 2, 1)[padding] = poison(self.case.dtype, "unused")
         layout = self.case.query_layout if name == "query" else self.case.key_layout
-        return Guarded.holding(name, bits, self.dtype, self.device, layouts.strides(bits.shape, layout))
+        strides = layouts.strides(bits.shape, layout, of_values=name == "value")
+        return Guarded.holding(name, bits, self.dtype, self.device, strides)
 
     def _raised(self, step: StepRun, error: Exception) -> None:
         step.raised = error

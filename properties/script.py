@@ -123,9 +123,9 @@ def _cache_data(case: Case, subject: Subject) -> dict[str, Any] | None:
         return None
     unwritten = np.arange(case.capacity) >= np.array(given.seq_lens, np.int64)[:, None]
     buffers = []
-    for bits in (given.key, given.value):
+    for bits, of_values in ((given.key, False), (given.value, True)):
         np.moveaxis(bits, 2, 1)[unwritten] = poison(case.dtype, "unused")
-        buffers.append(_tensor(bits, case.cache_layout))
+        buffers.append(_tensor(bits, case.cache_layout, of_values))
     return {
         "buffers": buffers,
         "seq_lens": list(given.seq_lens),
@@ -150,7 +150,8 @@ def _step_data(case: Case, planned: PlannedStep, expected: Any) -> dict[str, Any
         bits = getattr(planned, name).copy()
         if case.op == "attention_with_kv_cache":
             np.moveaxis(bits, 2, 1)[padding] = poison(case.dtype, "unused")
-        tensors[name] = _tensor(bits, case.query_layout if name == "query" else case.key_layout)
+        layout = case.query_layout if name == "query" else case.key_layout
+        tensors[name] = _tensor(bits, layout, name == "value")
     budgets = []
     if expected is not None:
         budgets = [
@@ -169,8 +170,8 @@ def _step_data(case: Case, planned: PlannedStep, expected: Any) -> dict[str, Any
     }
 
 
-def _tensor(bits: BitsArray, layout: Any) -> tuple[list[int], list[int], str]:
-    return list(bits.shape), list(layouts.strides(bits.shape, layout)), digits(bits)
+def _tensor(bits: BitsArray, layout: str, of_values: bool) -> tuple[list[int], list[int], str]:
+    return list(bits.shape), list(layouts.strides(bits.shape, layout, of_values=of_values)), digits(bits)
 
 
 def _budget(budget: Float64Array, overflow_free: NDArray[np.bool_]) -> tuple[list[int], str]:

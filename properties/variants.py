@@ -259,3 +259,23 @@ def limits_around(case: Case) -> list[Case]:
     least = max([1, *(r.cached for r in case.rows)])
     limits = {max(least, row.cached + row.new[0] + beyond) for beyond in (-1, 0, 1)}
     return [replace(case, cache_max_len=limit) for limit in sorted(limits)]
+
+
+def steady(case: Case) -> Case:
+    """Every row brings as many tokens a step as the first one, unpadded and stored; aligned memory, enough slots.
+
+    Calls of a server between two arrivals: what a kernel can prepare once and repeat.
+    """
+    rows = tuple(replace(row, new=case.rows[0].new) for row in case.rows)
+    most = max(1, max((row.cached + sum(row.new) for row in rows), default=0))
+    steps = tuple(Step(parent=step.parent) for step in case.steps)
+    return contiguous(
+        replace(
+            case,
+            rows=rows,
+            steps=steps,
+            head_dim=-(-case.head_dim // 8) * 8,
+            capacity=case.capacity and max(most, case.capacity),
+            cache_max_len=max(most, case.cache_max_len),
+        )
+    )

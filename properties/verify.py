@@ -21,7 +21,7 @@ from properties.pool import Answer, Death, Pool, Worker, WorkerError
 from properties.progress import Line, Moment, Progress, table
 from properties.recorder import Tally
 from properties.strategies import REGIONS
-from properties.worker import Check, Save
+from properties.worker import Call, Check, Save
 from references.noise import NoisePool
 
 __all__ = ["PROFILES", "Options", "WorkerError", "verify", "workers_for"]
@@ -492,7 +492,7 @@ def _failure_record(failure: Failure) -> dict[str, Any]:
     }
 
 
-def ask(worker: Worker, task: Check | Save, case_seconds: float) -> Answer | Death:
+def ask(worker: Worker, task: Check | Save | Call, case_seconds: float) -> Answer | Death:
     """Give a task to an idle worker and wait for the answer."""
     worker.give(task)
     while True:

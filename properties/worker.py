@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from properties.case import Case
 from properties.exploring import Assignment, Failure
+from properties.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Setup:
         device: as asked for.
         journal: path of the worker's journal.
         gpu: index of the GPU it uses among the visible ones; None for all.
+        first_on_path: folder whose modules win over those of the checkout; "" for none.
     """
 
     subject: str
     device: str
     journal: str
     gpu: int | None = None
+    first_on_path: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,14 @@ class Save:
     folder: str
 
 
-Task = Assignment | Check | Save
+@dataclass(frozen=True)
+class Call:
+    """Call ``function`` ("module:name") without arguments; answered by what it returns."""
+
+    function: str
+
+
+Task = Assignment | Check | Save | Call
 
 
 def main(connection: Connection, setup: Setup) -> None:
@@ -66,6 +78,8 @@ def main(connection: Connection, setup: Setup) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else None
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[setup.gpu % len(gpus)] if gpus else str(setup.gpu)
+    if setup.first_on_path:
+        sys.path.insert(0, setup.first_on_path)
     try:
         _serve(connection, setup)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -74,7 +88,6 @@ def main(connection: Connection, setup: Setup) -> None:
 
 def _serve(connection: Connection, setup: Setup) -> None:
     from properties import device, exploring, laws, saving, subjects
-    from properties.journal import Journal
     from properties.strategies import sizes
 
     try:
@@ -101,3 +114,14 @@ def _serve(connection: Connection, setup: Setup) -> None:
                 connection.send(exploring.check(found[task.law], task.case, journal))
             case Save():
                 connection.send(saving.save(task.failure, Path(task.folder)))
+            case Call():
+                connection.send(_call(task.function, journal))
+
+
+def _call(function: str, journal: Journal) -> object:
+    module, _, name = function.partition(":")
+    journal.begin(function, "")
+    try:
+        return getattr(importlib.import_module(module), name)()
+    finally:
+        journal.end()

@@ -12,14 +12,15 @@ from properties.layouts import strides
 SHAPE = (2, 3, 5, 7)
 
 
-def places(layout: str) -> NDArray[np.int64]:
+def places(layout: str, *, of_values: bool = False) -> NDArray[np.int64]:
     """Offset of every element."""
-    return np.tensordot(strides(SHAPE, layout), np.indices(SHAPE), axes=1)
+    return np.tensordot(strides(SHAPE, layout, of_values=of_values), np.indices(SHAPE), axes=1)
 
 
+@pytest.mark.parametrize("of_values", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_elements_do_not_share_memory_unless_heads_do(layout: str) -> None:
-    offsets = places(layout)
+def test_elements_do_not_share_memory_unless_heads_do(layout: str, of_values: bool) -> None:
+    offsets = places(layout, of_values=of_values)
     distinct = offsets[:, :1] if layout == "expanded_heads" else offsets
 
     assert offsets.min() == 0
@@ -36,6 +37,19 @@ def test_only_gapped_leaves_gaps() -> None:
 
 def test_transposed_memory_runs_over_heads_within_a_token() -> None:
     assert np.array_equal(places("transposed").transpose(0, 2, 1, 3).ravel(), np.arange(2 * 3 * 5 * 7))
+
+
+def test_keys_and_values_that_are_not_contiguous_have_other_strides() -> None:
+    for layout in ("transposed", "gapped"):
+        keys, values = (strides((2, 3, 5, 16), layout, of_values=of_values) for of_values in (False, True))
+
+        assert all(key != value for key, value in zip(keys[:3:2], values[:3:2], strict=True))
+
+
+def test_gapped_values_keep_tokens_whole_and_leave_odd_head_strides() -> None:
+    batch, head, token, element = strides(SHAPE, "gapped", of_values=True)
+
+    assert (element, token - SHAPE[3], batch % 8, head % 2) == (1, 8, 0, 1)
 
 
 def test_unknown_layout_is_refused() -> None:

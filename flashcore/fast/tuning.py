@@ -78,6 +78,7 @@ class _Forced:
     block_m: int | None = None
     block_n: int | None = None
     kv_split_size: int | None = None
+    max_splits: int | None = None
 
 
 _forced = _Forced()
@@ -96,17 +97,22 @@ def forced(
     block_m: int | None = None,
     block_n: int | None = None,
     kv_split_size: int | None = None,
+    max_splits: int | None = None,
 ) -> Iterator[None]:
     """Force parts of the plan of every call made inside; for tests, which must reach every kernel and split count.
 
+    A forced ``kv_split_size`` holds for rows of any length unless ``max_splits`` is forced, too.
+
     Raises:
-        ValueError: kv_split_size is not a positive multiple of 16.
+        ValueError: kv_split_size is not a positive multiple of 16, or max_splits not positive.
     """
     global _forced, _generation
     if kv_split_size is not None and (kv_split_size < 16 or kv_split_size % 16):
         raise ValueError(f"kv_split_size must be a positive multiple of 16, got {kv_split_size}")
+    if max_splits is not None and max_splits < 1:
+        raise ValueError(f"max_splits must be at least 1, got {max_splits}")
     before = _forced
-    _forced = _Forced(path, block_m, block_n, kv_split_size)
+    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits)
     _generation += 1
     try:
         yield
@@ -170,7 +176,7 @@ def plan(
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
-    max_splits = MAX_SPLITS if _forced.kv_split_size is None else 1 << 30
+    max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
     narrow = block_d <= (128 if path == "prefill" else 32) if is_float32 else block_m == 16 and block_d <= 128
     num_warps = 4 if narrow else 8
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3

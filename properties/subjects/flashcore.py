@@ -27,6 +27,11 @@ def on_path(path: tuning.Path, case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path=path, kv_split_size=case.kv_split_size)
 
 
+def in_two_splits(case: Case) -> AbstractContextManager[None]:
+    """Force the split kernel, and splits that grow rather than become more than two."""
+    return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=2)
+
+
 def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     """The tiles of one row, as the launch plan cuts them; call inside ``forced``."""
     plan = tuning.plan(
@@ -68,5 +73,9 @@ def subject() -> Subject:
         forced=forced,
         tiles=tiles,
         model=model,
-        paths={"prefill": partial(on_path, "prefill"), "split": partial(on_path, "split")},
+        paths={
+            "prefill": partial(on_path, "prefill"),
+            "split": partial(on_path, "split"),
+            "split in two": in_two_splits,
+        },
     )

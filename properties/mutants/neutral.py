@@ -1,0 +1,88 @@
+"""Changes that break no promise: a law that objects raises a false alarm."""
+
+from __future__ import annotations
+
+from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, TUNING, Edit, Mutant
+
+
+def _neutral(id_: str, change: str, *edits: Edit) -> Mutant:
+    return Mutant(id_, "NEUTRAL", change, "nowhere", edits, neutral=True)
+
+
+_BACKWARDS = """\
+{indent}for done in range({start}, {stop}, BLOCK_N):
+{indent}    start_n = {start} + (tl.cdiv({stop} - {start}, BLOCK_N) - 1) * BLOCK_N - (done - {start})
+"""
+_LOGITS = """\
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
+"""
+_MASKED = """\
+        logits = tl.where(visible, logits, -float("inf"))
+        if CAUSAL:
+            acc, v = contain_nonfinite_values(acc, v, start_n"""
+
+
+def _reversed(file: str, start: str, stop: str) -> Edit:
+    anchor = f"    for start_n in range({start}, {stop}, BLOCK_N):\n"
+    return Edit(file, anchor, _BACKWARDS.format(indent="    ", start=start, stop=stop))
+
+
+def _finite_start(file: str, after: str) -> Edit:
+    anchor = (
+        '    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)\n    l_i = tl.zeros([BLOCK_M], tl.float32)\n    '
+        + after
+    )
+    return Edit(file, anchor, anchor.replace('-float("inf")', "-1e30"))
+
+
+MUTANTS = (
+    _neutral(
+        "N2",
+        "the default tiles of keys are half as long",
+        Edit(
+            TUNING,
+            "_forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)",
+            "_forced.block_n or max(\n"
+            "        16, _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d) // 2\n    )",
+        ),
+    ),
+    _neutral(
+        "N3",
+        "tiles are visited in reverse",
+        _reversed(SPLIT_KV, "start", "stop"),
+        _reversed(PRIMITIVES, "start", "full_stop"),
+        _reversed(PRIMITIVES, "full_stop", "stop"),
+    ),
+    _neutral(
+        "N4",
+        "the running maximum starts at -1e30",
+        _finite_start(SPLIT_KV, "# Every query sees"),
+        _finite_start(PREFILL, "if tile * BLOCK_M"),
+    ),
+    _neutral(
+        "N5",
+        "splits are half as long",
+        Edit(
+            TUNING,
+            "kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n",
+            "kv_split_size = ceil_div((_forced.kv_split_size or KV_SPLIT_SIZE) // 2, block_n) * block_n",
+        ),
+    ),
+    _neutral(
+        "N6",
+        "hidden keys are masked before the scale",
+        Edit(
+            PRIMITIVES,
+            _LOGITS,
+            '    scores = tl.dot(q, tl.trans(k), input_precision="ieee")\n    logits = scores * qk_scale\n',
+        ),
+        Edit(
+            PRIMITIVES,
+            _MASKED,
+            "        # A factor of 0 or below would turn -inf into NaN or +inf.\n"
+            '        scores = tl.where(visible, scores, tl.where(qk_scale > 0, -float("inf"), 0.0))\n'
+            '        logits = tl.where(visible | (qk_scale > 0), scores * qk_scale, -float("inf"))\n'
+            + _MASKED.split("\n", 1)[1],
+        ),
+    ),
+)

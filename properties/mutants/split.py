@@ -1,0 +1,248 @@
+"""Keys shared among several programs, and the merge of what they found."""
+
+from __future__ import annotations
+
+from properties.mutants.mutant import PRIMITIVES, SPLIT_KV, TUNING, WRAPPER, Edit, Mutant
+
+VALUES = ("within_the_error_budget",)
+ALONE = ("a_row_alone", "beside_an_empty_one")
+CAPACITY = ("spare_capacity",)
+
+_MERGE = """\
+    m_new = tl.maximum(m_i, m_s)
+    m_base = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_base)
+    beta = tl.exp2(m_s - m_base)
+"""
+_SPLITS = "splits = (grid_splits, plan.kv_split_size, plan.max_splits)"
+_COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), start,"
+_EXISTS = "exists = in_tile & (first + step + tl.zeros([BLOCK_M], tl.int32) < num_splits)"
+_ARRIVAL = """\
+        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile
+        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_splits - 1
+"""
+
+MUTANTS = (
+    Mutant(
+        "M26",
+        "SPLIT",
+        "the number of splits is rounded down: the remainder of the keys is lost",
+        "cached % kv_split_size != 0, more than one split's worth",
+        (Edit(PRIMITIVES, _COUNT, _COUNT.replace("tl.cdiv(cached, size)", "cached // size")),),
+        VALUES,
+    ),
+    Mutant(
+        "M28",
+        "SPLIT",
+        "the merge takes base-2 logarithms for natural ones",
+        "splits > 1",
+        (Edit(PRIMITIVES, _MERGE, _MERGE.replace("exp2", "exp")),),
+        VALUES,
+    ),
+    Mutant(
+        "M29",
+        "SPLIT",
+        "the merge does not subtract the maximum",
+        "splits > 1, logits beyond 88",
+        (
+            Edit(
+                PRIMITIVES,
+                _MERGE,
+                _MERGE.replace("m_new = tl.maximum(m_i, m_s)", "m_new = tl.maximum(m_i, m_s) * 0.0")
+                .replace("tl.exp2(m_i - m_base)", 'tl.where(m_i == -float("inf"), 0.0, tl.exp2(m_i))')
+                .replace("tl.exp2(m_s - m_base)", "tl.exp2(m_s)"),
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "M31",
+        "SPLIT",
+        "partials are written by the row's own split count and read by the largest",
+        "ragged batch with unequal split counts, or a second head",
+        (
+            Edit(
+                SPLIT_KV,
+                "        mine = scratch + s * scratch_step",
+                "        mine = (b64 * num_kv_heads + h) * num_splits * q_len * group_size\n"
+                "        mine += tile * BLOCK_M + tl.arange(0, BLOCK_M) + s * scratch_step",
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "M68",
+        "RACE",
+        "the split size depends on the number of batch rows",
+        "batch >= 2, splits > 1",
+        (Edit(WRAPPER, _SPLITS, _SPLITS.replace("plan.kv_split_size,", "plan.kv_split_size * (1 + (batch > 1)),")),),
+        ALONE,
+    ),
+    Mutant(
+        "M69",
+        "RACE",
+        "partials are summed in the order of arrival, as atomic adds would",
+        "splits >= 3",
+        (
+            Edit(
+                SPLIT_KV,
+                "        mine = scratch + s * scratch_step",
+                "        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile\n"
+                '        ticket = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") % 65536\n'
+                "        mine = scratch + ticket * scratch_step",
+            ),
+            Edit(
+                SPLIT_KV,
+                _ARRIVAL,
+                '        merges = tl.atomic_add(arrival_ptr, 65536, sem="acq_rel") // 65536 == num_splits - 1\n',
+            ),
+        ),
+        ("running_twice",),
+        needs_gpu="the interpreter runs programs in one order",
+    ),
+    Mutant(
+        "M72",
+        "SPLIT",
+        "the split size depends on the capacity of the cache",
+        "splits > 1",
+        (
+            Edit(
+                WRAPPER,
+                _SPLITS,
+                _SPLITS.replace(
+                    "plan.kv_split_size,",
+                    "max(plan.kv_split_size, "
+                    "tuning.ceil_div(problem.k_cache.shape[2], 4 * plan.block_n) * plan.block_n),",
+                ),
+            ),
+        ),
+        CAPACITY,
+    ),
+    Mutant(
+        "F30",
+        "SPLIT",
+        "every split counts the new tokens",
+        "splits > 1",
+        (
+            Edit(SPLIT_KV, "new_visible = tl.where(is_last, new_keys, 0)", "new_visible = new_keys"),
+            Edit(
+                SPLIT_KV,
+                "    if is_last:\n        if not NEW_AHEAD",
+                "    if s < num_splits:\n        if not NEW_AHEAD",
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "F31",
+        "SPLIT",
+        "the first split takes the new tokens, too, when the last one is full",
+        "splits > 1, cached % kv_split_size == 0",
+        (
+            Edit(
+                SPLIT_KV,
+                "    is_last = s == num_splits - 1",
+                "    is_last = (s == num_splits - 1) | (s == 0) & (cached % kv_split_size == 0)",
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "F32",
+        "SPLIT",
+        "a split that does not exist has the maximum 0",
+        "several splits merged a step, negative logits",
+        (
+            Edit(
+                SPLIT_KV,
+                'm_s = tl.load(partial_m_ptr + theirs, mask=exists, other=-float("inf"))',
+                "m_s = tl.load(partial_m_ptr + theirs, mask=exists, other=0.0)",
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "F33",
+        "SPLIT",
+        "splits past the last one are merged, too",
+        "several splits merged a step",
+        (Edit(SPLIT_KV, _EXISTS, "exists = in_tile"),),
+        VALUES,
+    ),
+    Mutant(
+        "F34",
+        "SPLIT",
+        "the last program is recognised by the largest split count of the batch",
+        "ragged batch with unequal split counts",
+        (Edit(SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("num_splits - 1", "grid_splits - 1")),),
+        VALUES,
+    ),
+    Mutant(
+        "F35",
+        "SPLIT",
+        "the grid has as many splits as are full",
+        "cached % kv_split_size != 0",
+        (
+            Edit(
+                TUNING,
+                "return 1 if size is None else max(1, ceil_div(cached, size))",
+                "return 1 if size is None else max(1, cached // size)",
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "F36",
+        "SPLIT",
+        "the sums of weights are merged without rescaling",
+        "splits > 1",
+        (Edit(PRIMITIVES, "m_new, l_i * alpha + l_s * beta", "m_new, l_i + l_s"),),
+        VALUES,
+    ),
+    Mutant(
+        "F37",
+        "SPLIT",
+        "partials are kept in the input's format",
+        "splits > 1, float16 or bfloat16",
+        (
+            Edit(
+                SPLIT_KV,
+                "offs_d[None, :], acc, mask=partial_mask)",
+                "offs_d[None, :], acc.to(q.dtype).to(tl.float32), mask=partial_mask)",
+            ),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "F38",
+        "SPLIT",
+        "a split past the limit on their number keeps its length, and the rest is lost",
+        "more splits' worth of keys than max_splits",
+        (
+            Edit(
+                PRIMITIVES,
+                "tl.cdiv(tl.cdiv(cached, max_splits), BLOCK_N) * BLOCK_N",
+                "cached // max_splits // BLOCK_N * BLOCK_N",
+            ),
+        ),
+        ("every_kernel",),
+    ),
+    Mutant(
+        "F39",
+        "SPLIT",
+        "row tiles of one head share their scratch",
+        "splits > 1, q_len * group_size > BLOCK_M",
+        (Edit(SPLIT_KV, "* q_len * group_size + tile * BLOCK_M + tl.arange", "* q_len * group_size + tl.arange"),),
+        VALUES,
+        needs_gpu="the interpreter runs the programs of one tile before those of the next",
+    ),
+    Mutant(
+        "F40",
+        "RACE",
+        "heads share an arrival counter",
+        "splits > 1, more than one kv head",
+        (Edit(SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("(b * num_kv_heads + h)", "b")),),
+        VALUES,
+        needs_gpu="the interpreter runs the splits of one head before those of the next",
+    ),
+)

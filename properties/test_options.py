@@ -1,0 +1,31 @@
+"""An option belongs to the call that was given it, and one that is missing is not guessed."""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from properties import retries, subjects
+from properties.assertions import assert_same_outputs
+from properties.case import Case
+from properties.checking import assert_no_findings
+from properties.runner import run
+from properties.strategies import cases
+from properties.variants import steady
+
+WITH_CACHE = ("attention_with_kv_cache",)
+
+
+@given(case=cases(ops=WITH_CACHE, min_rows=1, min_steps=2, runs=4, overflow=False))
+def test_a_call_with_other_options_leaves_nothing_behind(case: Case) -> None:
+    """Another scale or mask, or another layout of the query, on the same cache changes no bit of the calls between."""
+    case = steady(case)
+    among = run(case, retries.among_others(subjects.active(), layout=case.seed % 2 == 1))
+
+    assert_same_outputs(among.outputs, run(case).outputs, "a call among others on its cache and alone")
+
+
+@given(case=cases(ops=WITH_CACHE, overflow=False))
+def test_buffers_without_their_lengths_are_refused(case: Case) -> None:
+    made = run(case, retries.without_lengths(subjects.active(), case))
+
+    assert_no_findings(made, ["raised", "cache", "inputs", "append"])
