@@ -91,24 +91,30 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        report, assembly = (
-            subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, option, cubin.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    (registers,) = re.findall(r"REG:(\d+)", report)
-    spills = re.findall(r"\b(?:STL|LDL)\b", assembly)
+    registers, spills = registers_and_spills(compiled.asm["cubin"])
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
         "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-        "registers": int(registers), "spills": len(spills),
+        "registers": registers, "spills": spills,
         "shared_bytes": compiled.metadata.shared,
     }  # fmt: skip
+
+
+def registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Registers of a program's threads, and instructions that access local memory, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", dump("--dump-resource-usage"))
+        if stack == local == "0":
+            return int(registers), 0  # no local memory, no spills; disassembling is slow
+        return int(registers), len(re.findall(r"\b(?:STL|LDL)\b", dump("-sass")))
 
 
 def main() -> None:

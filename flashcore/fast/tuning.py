@@ -177,8 +177,7 @@ def plan(
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
     max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
-    narrow = block_d <= (128 if path == "prefill" else 32) if is_float32 else block_m == 16 and block_d <= 128
-    num_warps = 4 if narrow else 8
+    num_warps = _num_warps(path, block_m, is_float32, block_d)
     num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
     block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
     new_ahead = path == "split" and q_len == 1 and block_m == 16 and not is_float32 and block_d <= 128
@@ -205,6 +204,12 @@ def _default_block_m(rows: int, is_float32: bool, block_d: int, arch: int) -> in
     else:
         largest = 32 if block_d == 256 else 128
     return min(max(16, next_power_of_2(max(rows, 1))), largest)
+
+
+def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int) -> int:
+    if is_float32:
+        return 4 if block_d <= 32 or (path == "prefill" and block_d == 128) else 8
+    return 4 if block_m == 16 and block_d <= 128 else 8
 
 
 def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:
