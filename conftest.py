@@ -47,7 +47,7 @@ _phases = [phase for phase in Phase if phase is not Phase.explain]
 _database = DirectoryBasedExampleDatabase(".hypothesis/examples")
 _shared = settings(deadline=None, print_blob=False, phases=_phases)
 settings.register_profile("dev", _shared, max_examples=20, database=_database)
-settings.register_profile("ci", _shared, max_examples=50, derandomize=True, database=None)
+settings.register_profile("ci", _shared, max_examples=30, derandomize=True, database=None)
 settings.register_profile("nightly", _shared, max_examples=2000, database=_database)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from properties.guards import GUARD_ELEMENTS
 from properties.subjects import Subject
 
 Function = Callable[..., Any]
+
+FAR_ELEMENTS = 2**33  # of one tensor of `far_apart`, gaps included
+MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
 def _wrapped(subject: Subject, wrap: Callable[[Function], Function]) -> Subject:
@@ -58,13 +61,16 @@ def interleaved(subject: Subject) -> Subject:
 
 
 def with_lengths_as(subject: Subject, dtype: torch.dtype) -> Subject:
-    """Lengths arrive as integers of another width, and as every second element of a larger tensor."""
+    """Lengths are always passed, as integers of another width and every second element of a larger tensor."""
 
     def wrap(function: Function) -> Function:
         def converted(*tensors: Any, **options: Any) -> Any:
+            past = options.get("past_key_value")
+            if past is not None and hasattr(past, "seq_lens"):
+                options.setdefault("seq_lens", past.seq_lens)
             for name in ("seq_lens", "new_lens"):
                 if name in options:
-                    wide = torch.full((2 * len(options[name]),), 2**30, dtype=dtype, device=options[name].device)
+                    wide = torch.zeros(2 * len(options[name]), dtype=dtype, device=options[name].device)
                     wide[::2] = options[name]
                     options[name] = wide[::2]
             return function(*tensors, **options)
@@ -88,6 +94,14 @@ def unaligned(subject: Subject) -> Subject:
     return _wrapped(subject, wrap)
 
 
+def _untouched(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for that many elements; on the CPU only the pages that are written take any."""
+    if like.is_cuda:
+        return torch.empty(count, dtype=like.dtype, device=like.device)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, count * like.element_size(), flags=flags), dtype=like.dtype)
+
+
 def far_apart(subject: Subject, axis: int) -> Subject:
     """Offsets pass 2**31 elements: neighbours along one axis of every tensor lie far from each other.
 
@@ -103,8 +117,10 @@ def far_apart(subject: Subject, axis: int) -> Subject:
         count = tensor.shape[axis]
         if count < 2 or not tensor.numel():
             return tensor
-        # The last one along the axis starts past 2**31 elements; a multiple of 8 keeps it aligned.
-        far = -(-(2**31 + 8) // (count - 1) // 8) * 8
+        # The last one along the axis starts past 2**31 elements, and so does the second tile of 16 tokens while
+        # that keeps memory within bounds. A multiple of 8 stays aligned.
+        nearest = -(-(2**31) // (count - 1))
+        far = -(-max(nearest, min(2**31 // 16, FAR_ELEMENTS // count)) // 8) * 8 + 8
         strides = [0] * 4
         step = 1
         for dim in (3, 2, 1, 0):
@@ -114,8 +130,7 @@ def far_apart(subject: Subject, axis: int) -> Subject:
                 step = -(-step // 8) * 8
         strides[axis] = max(far, -(-step // 8) * 8)
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-        memory = torch.empty(span + GUARD_ELEMENTS, dtype=tensor.dtype, device=tensor.device)
-        return memory.as_strided(tensor.shape, strides).copy_(tensor)
+        return _untouched(span, tensor).as_strided(tensor.shape, strides).copy_(tensor)
 
     def wrap(function: Function) -> Function:
         def far(*tensors: Any, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from properties.runner import Run, run
 from properties.schedule import problem
 from properties.strategies import cases
 from properties.transformations import changed, with_fewer_cached
-from properties.variants import contrasting, with_new_length
+from properties.variants import contrasting, with_cache, with_new_length
 
 
 def assert_matters(made: Run, other: Run, what: str) -> None:
@@ -39,7 +39,7 @@ def test_is_causal_matters(case: Case) -> None:
 @given(case=cases(ops=("attention_with_kv_cache",), max_steps=1, min_rows=1, runs=2))
 def test_new_lens_matter(case: Case) -> None:
     """One real token less in a row: the same columns, one of them padding."""
-    case = contrasting(case)
+    case = contrasting(with_cache(case))
     b = case.seed % case.batch
     shorter = with_new_length(case, b, 0, case.rows[b].new[0] - 1)
     lost = max(row.new[0] for row in case.rows) - max(row.new[0] for row in shorter.rows)

@@ -10,7 +10,7 @@ from properties.case import Case
 from properties.checking import assert_no_findings
 from properties.runner import run
 from properties.strategies import cases
-from properties.variants import contiguous, one_call
+from properties.variants import contiguous, one_call, with_tiles
 
 
 @given(case=cases(runs=2))
@@ -29,7 +29,7 @@ def test_unaligned_inputs_equal_aligned_ones(case: Case) -> None:
 @given(case=cases(max_steps=1, dtypes=("float16",), min_rows=2, min_kv_heads=2))
 def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
     """Batch rows, heads or tokens 2**31 elements apart give the same bits and get the same tokens appended."""
-    case = contiguous(one_call(case))
+    case = with_tiles(contiguous(one_call(case)), None, 16)
     far = run(case, callers.far_apart(subjects.active(), case.seed % 3))
 
     assert_same_outputs(far.outputs, run(case).outputs, "tensors that span 2**31 elements and dense ones")

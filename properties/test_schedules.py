@@ -11,7 +11,7 @@ from properties.schedule import problem
 from properties.sequences import assert_close_sequences, assert_same_caches, assert_same_sequences
 from properties.strategies import cases
 from properties.transformations import on_a_fresh_cache
-from properties.variants import appends, as_single_prefill, as_single_tokens, on_the_lattice, roomy
+from properties.variants import appends, as_single_prefill, as_single_tokens, on_the_lattice, roomy, with_cache
 
 WITH_CACHE = ("attention_with_kv_cache",)
 
@@ -43,7 +43,7 @@ def test_any_partition_into_steps_fills_the_cache_alike(case: Case) -> None:
 @given(case=cases(ops=WITH_CACHE, min_steps=2, runs=3, overflow=False))
 def test_a_call_on_a_used_cache_equals_one_on_a_fresh_cache(case: Case) -> None:
     """Forks, retries, roll-backs and growth leave a cache that is worth its own tokens and nothing else."""
-    used = problem(roomy(case))
+    used = problem(roomy(with_cache(case)))
     outputs = run(used).outputs
 
     for s, got in enumerate(outputs):

@@ -79,6 +79,7 @@ def repeated_heads(case: Case) -> Case:
 
 def appends(case: Case) -> Case:
     """The same tokens, appended by causal steps that neither fork, roll back, peek nor overflow."""
+    case = with_cache(case)
     most = max((row.cached + sum(row.new) for row in case.rows), default=0)
     return replace(
         case,
@@ -92,12 +93,14 @@ def appends(case: Case) -> Case:
 
 def as_single_prefill(case: Case) -> Case:
     """The tokens of `appends` in one call: query i of row b is the token after cached + i others."""
+    case = with_cache(case)
     rows = tuple(replace(row, new=(sum(row.new),)) for row in case.rows)
     return replace(appends(case), rows=rows, steps=(Step(),))
 
 
 def as_single_tokens(case: Case) -> Case:
     """The tokens of `appends`, the last ones one a call, seven at most; the rest first, in one call."""
+    case = with_cache(case)
     totals = [sum(row.new) for row in case.rows]
     calls = min(MOST_SINGLE_TOKENS + 1, max([1, *totals]))
     rows = []
@@ -143,6 +146,14 @@ def one_call(case: Case) -> Case:
             capacity=max([1, case.capacity, *(row.cached + row.new[0] for row in rows)]),
         )
     )
+
+
+def with_cache(case: Case) -> Case:
+    """A case of op "attention" as a call on a cache that holds its keys; the queries bring keys of their own."""
+    if case.op != "attention":
+        return case
+    longest = max([1, *(row.cached for row in case.rows)])
+    return roomy(replace(case, op="attention_with_kv_cache", start="tuple", capacity=longest))
 
 
 def plain(case: Case) -> Case:

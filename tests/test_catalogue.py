@@ -1,0 +1,60 @@
+"""Every law can be asked of every case: replay, reduction and the search for sibling laws do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from properties import laws
+from properties.case import Case, Patch, Row, Step
+from references.lattice import lattice_scale
+
+LAWS = laws.discover()
+RAGGED = Case(
+    rows=(Row(3, (2, 1)), Row(0, (1, 0), 1)),
+    steps=(Step(padding=1), Step(update_cache=False)),
+    num_kv_heads=2,
+    group_size=2,
+    head_dim=5,
+    start="tuple",
+    capacity=5,
+    cache_max_len=5,
+)
+CASES = {
+    "the default": Case(cache_max_len=1),
+    "no rows": Case(rows=()),
+    "no query": Case(rows=(Row(0, (0,)),), cache_max_len=1),
+    "no cache, no key": Case(rows=(Row(0, (2,)),), op="attention"),
+    "no cache, no query": Case(rows=(Row(3, (0,)),), op="attention"),
+    "no cache, fewer keys than queries": Case(rows=(Row(1, (3,)),) * 2, op="attention", is_causal=True, values="ones"),
+    "overflow": replace(RAGGED, cache_max_len=4, scale=0.0, values="rising"),
+    "fork and not finite": replace(
+        RAGGED,
+        steps=(Step(), Step(parent=0, rollback=2)),
+        start="kv_cache",
+        values="normal",
+        patches=(Patch("value", 0, 1, 1, 2, "nan"),),
+    ),
+    "expanded heads, overflow of the numbers": replace(
+        RAGGED, key_layout="expanded_heads", kv_head_copies=2, values="large_values", dtype="bfloat16"
+    ),
+    "lattice": replace(RAGGED, head_dim=1, values="lattice", scale=lattice_scale(2), dtype="float16", seed=7),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_law_holds_on_every_kind_of_case(case: Case) -> None:
+    broken = {}
+    for name, law in LAWS.items():
+        try:
+            law.check(case)
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {error}"
+
+    assert broken == {}
+
+
+def test_every_law_is_a_sentence() -> None:
+    assert len(LAWS) >= 50
+    assert [name for name in LAWS if len(name.split("_")) < 4] == ["the_scale_matters", "is_causal_matters"]
