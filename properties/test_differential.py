@@ -9,6 +9,7 @@ from properties.case import Case
 from properties.checking import assert_no_findings, check_values
 from properties.runner import run
 from properties.strategies import aim, cases
+from properties.variants import decoding
 
 
 @given(case=cases())
@@ -48,3 +49,19 @@ def test_overflow_is_all_or_nothing(case: Case) -> None:
     made = run(case)
 
     assert_no_findings(made, ["overflow", "raised", "cache", "inputs"])
+
+
+@given(case=cases(ops=("attention",)))
+def test_attention_without_a_cache_lies_within_the_error_budget(case: Case) -> None:
+    """More queries than keys, fewer, as many: aligned to the last key when causal."""
+    used = check_values(run(case))
+
+    aim(out=used.out, lse=used.lse)
+
+
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, several_splits=True, overflow=False))
+def test_decode_over_several_splits_lies_within_the_error_budget(case: Case) -> None:
+    """What a server does all day: one token a row, rows of unequal numbers of splits."""
+    used = check_values(run(decoding(case)))
+
+    aim(out=used.out, lse=used.lse)

@@ -12,7 +12,7 @@ from properties.checking import expected_outputs
 from properties.exact import assert_exact
 from properties.runner import run
 from properties.strategies import cases
-from properties.variants import on_the_lattice, one_call, with_tiles
+from properties.variants import decoding, on_the_lattice, one_call, with_tiles
 
 WITH_CACHE = ("attention_with_kv_cache",)
 
@@ -69,3 +69,15 @@ def test_one_split_for_all_keys_equals_no_split(case: Case) -> None:
     unsplit = with_tiles(case, case.block_m, tile)
 
     assert_same_outputs(run(whole).outputs, run(unsplit).outputs, "one split for all keys and no split")
+
+
+@given(case=cases(min_rows=1, several_splits=True, families=("lattice",), runs=4, ops=WITH_CACHE, overflow=False))
+def test_every_kernel_decodes_alike_over_several_splits_on_the_lattice(case: Case) -> None:
+    """No split, one for each tile, as many as the kernel likes, or at most two: the same bits."""
+    case = decoding(on_the_lattice(case))
+    outputs = run(case).outputs
+    subject = subjects.active()
+
+    for name, forced in subject.paths.items():
+        other = run(case, subjects.forced_to(subject, forced)).outputs
+        assert_same_outputs(other, outputs, f"the {name} kernel and the chosen one")

@@ -290,3 +290,26 @@ def steady(case: Case) -> Case:
             cache_max_len=max(most, case.cache_max_len),
         )
     )
+
+
+def decoding(case: Case) -> Case:
+    """One token a row and call, as many splits as there are tiles, and never as many in all rows.
+
+    Of a case whose tiles are forced.
+    """
+    extra = [case.block_n * (b % 3) for b in range(case.batch)] if case.block_n else [0] * case.batch
+    rows = tuple(
+        replace(row, cached=row.cached + more, new=(1,) * len(case.steps))
+        for row, more in zip(case.rows, extra, strict=True)
+    )
+    most = max((row.cached + sum(row.new) for row in rows), default=0)
+    return replace(
+        case,
+        rows=rows,
+        steps=tuple(replace(step, padding=0) for step in case.steps),
+        block_m=None,
+        kv_split_size=case.block_n,
+        start="tuple" if case.start == "empty" else case.start,
+        capacity=max(1, most, case.capacity),
+        cache_max_len=max(1, most, case.cache_max_len),
+    )

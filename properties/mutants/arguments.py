@@ -73,7 +73,7 @@ MUTANTS = (
                 "    is_causal = False\n" + _CAUSAL_FLAG,
             ),
         ),
-        VALUES,
+        ("without_a_cache",),
     ),
     Mutant(
         "F133",

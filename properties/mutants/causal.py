@@ -31,7 +31,7 @@ MUTANTS = (
             ),
             Edit(WRAPPER, "causal_offset=diagonal - q_len if is_causal else 0", "causal_offset=0"),
         ),
-        VALUES,
+        ("without_a_cache",),
     ),
     Mutant(
         "M13",
@@ -69,7 +69,7 @@ MUTANTS = (
         "queries that stand before the first key see it",
         "attention with kv_len < q_len, causal",
         (Edit(PRIMITIVES, _ROW_LIMIT, _ROW_LIMIT.replace("query + causal_offset", "query")),),
-        VALUES,
+        ("without_a_cache",),
     ),
     Mutant(
         "F11",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from properties.mutants.mutant import PRIMITIVES, SPLIT_KV, TUNING, WRAPPER, Edit, Mutant
 
-VALUES = ("within_the_error_budget",)
+VALUES = ("decode_over_several_splits", "within_the_error_budget")
 ALONE = ("a_row_alone", "beside_an_empty_one")
 CAPACITY = ("spare_capacity",)
 
@@ -211,7 +211,7 @@ MUTANTS = (
                 "offs_d[None, :], acc.to(q.dtype).to(tl.float32), mask=partial_mask)",
             ),
         ),
-        VALUES,
+        ("every_kernel_decodes_alike", *VALUES),
     ),
     Mutant(
         "F38",
@@ -225,7 +225,7 @@ MUTANTS = (
                 "cached // max_splits // BLOCK_N * BLOCK_N",
             ),
         ),
-        ("every_kernel",),
+        ("every_kernel_decodes_alike",),
     ),
     Mutant(
         "F39",

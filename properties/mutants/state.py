@@ -46,7 +46,7 @@ MUTANTS = (
         "arrival counters are not reset",
         "splits > 1, a second step on the same cache",
         (Edit(SPLIT_KV, "            tl.store(arrival_ptr, 0)\n", ""),),
-        VALUES,
+        ("decode_over_several_splits", *VALUES),
     ),
     Mutant(
         "F81",
@@ -113,7 +113,7 @@ MUTANTS = (
         "a repeated launch keeps the first one's number of splits",
         "decode steps across a split's edge",
         (Edit(RELAUNCH, '        named["grid_splits"] = grid_splits\n', ""),),
-        VALUES,
+        ("decode_over_several_splits", *VALUES),
     ),
     Mutant(
         "F87",

@@ -86,10 +86,10 @@ def cases(
     tile, split = block_n or 16, kv_split_size or 64
     cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
     rows = rows_from(drafts, exchanges, len(steps), cached, new)
-    keys_include_queries = not rarely(draw, "keys beside the queries'", 3)
+    keys = choose(draw, "keys beside the queries'", ("included", "included", "apart", "fewer"))
     if plain:
         steps = (Step(),)
-        rows = tuple(_attention_row(rows[0], row.uid, keys_include_queries) for row in rows)
+        rows = tuple(_attention_row(rows[0], row.uid, keys) for row in rows)
     elif several_splits:
         if rows[0].cached <= split:
             rows = (replace(rows[0], cached=split + max(1, rows[0].cached)), *rows[1:])
@@ -119,10 +119,14 @@ def _at_least(limits: Size, group: int, kv_heads: int) -> Size:
     return replace(limits, groups=groups, kv_heads=tuple(n for n in limits.kv_heads if n >= kv_heads))
 
 
-def _attention_row(first: Row, uid: int, keys_include_queries: bool) -> Row:
-    """A row of op "attention": the last call of a cache of the same lengths, unless it has fewer keys."""
+def _attention_row(first: Row, uid: int, keys: str) -> Row:
+    """A row of op "attention": the last call of a cache of the same lengths, or as many keys as were cached, or less.
+
+    Fewer keys than queries: the first queries see none of them when causal.
+    """
     q_len = first.new[0]
-    return Row(first.cached + q_len if keys_include_queries else first.cached, (q_len,), uid)
+    counts = {"included": first.cached + q_len, "apart": first.cached, "fewer": min(first.cached, q_len // 2)}
+    return Row(counts[keys], (q_len,), uid)
 
 
 class _Schedule:
