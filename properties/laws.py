@@ -14,6 +14,7 @@ from typing import Any
 from hypothesis.strategies import SearchStrategy
 
 from properties.case import Case
+from references.arithmetic_model import PERMISSIVE, ArithmeticModel
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class Law:
         check: raises if the law does not hold on a case.
         cases: the strategy that draws them.
         sentence: first line of the docstring, or the name in words.
+        is_exact: it asks for bits that only a kernel of declared arithmetic owes: those of the lattice, where weights
+            2^-k are exact for exponentials in base 2 and sums divided last, and those of sums with one more zero.
     """
 
     name: str
     check: Callable[[Case], None]
     cases: SearchStrategy[Case]
     sentence: str
+    is_exact: bool = False
 
 
 class UnknownLaw(ValueError):
@@ -59,7 +63,13 @@ def _law(name: str, test: Any, handle: Any) -> Law:
     if list(strategies) != ["case"]:
         raise ValueError(f"a law must take one argument, case, got {name}({', '.join(strategies)})")
     sentence = (test.__doc__ or name.replace("_", " ")).strip().splitlines()[0]
-    return Law(name, handle.inner_test, strategies["case"], sentence)
+    is_exact = "on_the_lattice" in handle.inner_test.__code__.co_names or "changes_no_bit" in name
+    return Law(name, handle.inner_test, strategies["case"], sentence, is_exact)
+
+
+def owed(found: dict[str, Law], model: ArithmeticModel) -> dict[str, Law]:
+    """The laws that a kernel of this arithmetic owes: not those of bits on the lattice if nothing is known of it."""
+    return {name: law for name, law in found.items() if model != PERMISSIVE or not law.is_exact}
 
 
 def select_names(names: Sequence[str], wanted: str | None) -> list[str]:

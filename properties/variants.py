@@ -277,6 +277,8 @@ def steady(case: Case) -> Case:
 
     Calls of a server between two arrivals: what a kernel can prepare once and repeat.
     """
+    if case.op == "attention":
+        return case
     rows = tuple(replace(row, new=case.rows[0].new) for row in case.rows)
     most = max(1, max((row.cached + sum(row.new) for row in rows), default=0))
     steps = tuple(Step(parent=step.parent) for step in case.steps)
@@ -297,6 +299,8 @@ def decoding(case: Case) -> Case:
 
     Of a case whose tiles are forced.
     """
+    if case.op == "attention":
+        return case
     extra = [case.block_n * (b % 3) for b in range(case.batch)] if case.block_n else [0] * case.batch
     rows = tuple(
         replace(row, cached=row.cached + more, new=(1,) * len(case.steps))

@@ -98,7 +98,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
         subject = subjects.activate(setup.subject)
         if chosen == "cuda" and not subject.slow:
             os.environ.setdefault(sizes.VARIABLE, "large")
-        found = laws.discover()
+        found = laws.owed(laws.discover(), subject.model(device.current()))
     except (device.DeviceError, subjects.SubjectError, ValueError) as error:
         connection.send(Ready(error=str(error)))
         return

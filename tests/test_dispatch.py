@@ -27,8 +27,8 @@ BRANCHES = {
 class Spy:
     """Stands in for a kernel: notes how it is launched and computes nothing."""
 
-    def __init__(self, path: str, seen: set[str]) -> None:
-        self.path, self.seen = path, seen
+    def __init__(self, path: str, seen: set[str], arg_names: list[str]) -> None:
+        self.path, self.seen, self.arg_names = path, seen, arg_names
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> None:
@@ -36,6 +36,7 @@ class Spy:
                 self.seen.add("append alone")
                 arguments[0].zero_()
                 return
+            constants |= {n: a for n, a in zip(self.arg_names, arguments, strict=False) if n.isupper()}
             flags = [*FLAGS, "NEW_AHEAD"] if self.path == "split" else FLAGS
             self.seen.update(f"{self.path}, {flag}={bool(constants[flag])}" for flag in flags)
             numbers = [argument for argument in arguments if not isinstance(argument, torch.Tensor)]
@@ -59,7 +60,8 @@ def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: p
         ("split", "split_kv_attention"),
         ("append", "append_new_tokens"),
     ):
-        monkeypatch.setattr(attention_production, name, Spy(path, seen))
+        kernel = getattr(attention_production, name)
+        monkeypatch.setattr(attention_production, name, Spy(path, seen, kernel.arg_names))
 
     @settings(max_examples=1000, database=None, deadline=None, derandomize=True)
     @given(cases(size="small"))

@@ -20,6 +20,8 @@ def test_a_correct_kernel_holds_and_the_table_says_so(tmp_path: Path) -> None:
         "verify",
         "--subject",
         NAIVE,
+        "--law",
+        DIFFERENTIAL,
         "--max-examples",
         6,
         "--seed",

@@ -155,8 +155,8 @@ MUTANTS = (
         (
             Edit(
                 WRAPPER,
-                "relaunch.key_of(query, key, value, *options, *map(type, options))",
-                "relaunch.key_of(query, key, value, return_lse)",
+                "relaunch.key_of(query, key, value, options)",
+                "relaunch.key_of(query, key, value, (return_lse,))",
             ),
         ),
         ("other_options",),
