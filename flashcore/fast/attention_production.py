@@ -490,7 +490,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         "BLOCK_N": plan.block_n,
         "BLOCK_D": plan.block_d,
         "MASK_D": plan.block_d != head_dim,
-        "WIDE": any(plan.block_n * t.stride(2) >= 2**31 for t in sources[1:]),
+        "WIDE": any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:]),
         # A single query sees every new key: no diagonal.
         "CAUSAL": problem.is_causal and (q_len > 1 or problem.causal_offset < 0),
         "APPEND": problem.seq_lens_out is not None,

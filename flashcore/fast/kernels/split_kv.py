@@ -94,6 +94,8 @@ def split_kv_attention(
     v_new_ptr += b64 * stride_vnb + h64 * stride_vnh
 
     new_n = tl.arange(0, BLOCK_NEW)
+    if WIDE:
+        new_n = new_n.to(tl.int64)
     if NEW_AHEAD:
         # Issued before the loop over the cache, so that the new tokens are there when it ends.
         new_visible = tl.where(is_last, new_keys, 0)
