@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from properties.mutants import catalogue, trial
 from properties.mutants.catalogue import ALL, select
 from properties.mutants.mutant import ROOT, AnchorError, Edit, Mutant, edited, write_mutated
 from properties.mutants.trial import KILLED, SURVIVED, UNSOUND, Verdict
-from tests.command_line import properties
 
 IDS = {mutant.id for mutant in ALL}
 # The catalogue of the project's issue: what cannot exist in these kernels is not in it.
@@ -104,29 +102,6 @@ def test_a_case_that_the_shipped_source_fails_too_is_no_kill(report: str | None,
     trial._judge(verdict, Failure("law", Case(), "out", ""), _Stub(report))  # type: ignore[arg-type]
 
     assert verdict.outcome == outcome
-
-
-def test_a_sample_of_every_class_is_killed(tmp_path: Path) -> None:
-    done = properties("mutants", "--fast", "--json", "result.json", folder=tmp_path, seconds=900)
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "result.json").read_text())["mutants"]
-    assert {m["class"] for m in found} == {mutant.category for mutant in ALL if not mutant.neutral}
-    assert all(m["outcome"] == KILLED for m in found)
-    # A mutant that does not even run would be an empty success.
-    assert not [m["id"] for m in found if m["kind"] in ("error", "search")]
-
-
-def test_neutral_changes_survive(tmp_path: Path) -> None:
-    ids = [mutant.id for mutant in ALL if mutant.neutral]
-    done = properties(
-        *("mutants", "--fast", "--id", *ids, "--seconds", 15, "--json", "result.json"), folder=tmp_path, seconds=900
-    )
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "result.json").read_text())["mutants"]
-    assert [m["id"] for m in found] == ids
-    assert all(m["outcome"] == SURVIVED and m["cases"] for m in found)
 
 
 def test_a_fault_that_no_law_sees_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
