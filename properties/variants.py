@@ -18,14 +18,18 @@ MOST_SINGLE_TOKENS = 7  # each is a call of its own
 
 def alone(case: Case, b: int) -> Case:
     """Row b without its neighbours; paddings grow so that every q_len stays."""
-    steps = tuple(
-        replace(step, padding=step.padding + max(row.new[s] for row in case.rows) - case.rows[b].new[s])
+    rows = (case.rows[b],)
+    steps = case.steps if case.op == "attention" else _steps_as_long(case, rows)
+    patches = tuple(replace(patch, row=0) for patch in case.patches if patch.row == b)
+    return replace(case, rows=rows, steps=steps, patches=patches)
+
+
+def _steps_as_long(case: Case, rows: Sequence[Row]) -> tuple[Step, ...]:
+    """The steps of a case for other rows, padded so that every q_len stays: it is part of what chooses the tiles."""
+    return tuple(
+        replace(step, padding=step.padding + max(row.new[s] for row in case.rows) - max(row.new[s] for row in rows))
         for s, step in enumerate(case.steps)
     )
-    if case.op == "attention":
-        steps = case.steps
-    patches = tuple(replace(patch, row=0) for patch in case.patches if patch.row == b)
-    return replace(case, rows=(case.rows[b],), steps=steps, patches=patches)
 
 
 def permuted(case: Case, order: Sequence[int]) -> Case:
@@ -208,13 +212,17 @@ def contrasting(case: Case) -> Case:
 
 
 def with_an_idle_row(case: Case) -> Case:
-    """One row never holds a token; of op "attention", which has no such rows, the case itself."""
+    """One row never holds a token; paddings grow so that every q_len stays.
+
+    Of op "attention", which has no such rows, the case itself.
+    """
     if not case.rows or case.op == "attention":
         return case
-    rows = list(case.rows)
-    b = case.seed % len(rows)
-    rows[b] = Row(0, (0,) * len(case.steps), rows[b].uid)
-    return replace(case, rows=tuple(rows), patches=tuple(p for p in case.patches if p.row != b))
+    b = case.seed % len(case.rows)
+    idle = Row(0, (0,) * len(case.steps), case.rows[b].uid)
+    rows = (*case.rows[:b], idle, *case.rows[b + 1 :])
+    patches = tuple(patch for patch in case.patches if patch.row != b)
+    return replace(case, rows=rows, steps=_steps_as_long(case, rows), patches=patches)
 
 
 def with_one_key(case: Case) -> Case:
