@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcore import CacheOverflowError, KVCache, attention, attention_with_kv_cache
+from flashcore.fast import attention_production
 from tests.tensors import DEVICE, lengths, memory, normal, same_bits
 
 BATCH, HQ, HK, Q_LEN, D, CAPACITY = 2, 4, 2, 3, 16, 8
@@ -839,6 +840,27 @@ def test_without_updating_nothing_overflows() -> None:
     assert cache is None
     assert torch.isfinite(out).all()
     assert memory(arguments) == before
+
+
+@pytest.mark.parametrize("name", ["seq_lens", "new_lens"])
+def test_a_graph_takes_lengths_only_where_something_can_report_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording cannot wait for lengths, and with update_cache=False only a KVCache given could say they were bad."""
+    monkeypatch.setattr(attention_production, "_is_capturing", lambda query: True)
+    arguments = {**valid(), "update_cache": False}
+    if name == "new_lens":
+        arguments |= {**WITHOUT_CACHE, "new_lens": lengths(1, 3)}
+    given = "tuple" if name == "seq_lens" else "NoneType"
+
+    assert_refused(
+        attention_with_kv_cache,
+        arguments,
+        ValueError,
+        "past_key_value must be a KVCache where lengths are given to a call with update_cache=False recorded in a CUDA "
+        f"graph, got {given}: nothing else could report a length out of range",
+    )
+    cache = KVCache(*pair(), lengths(2, 5), max_len=5)
+    assert attention_with_kv_cache(**{**arguments, "past_key_value": cache, "seq_lens": None})[1] is None
+    assert attention_with_kv_cache(**{**arguments, **WITHOUT_CACHE, "new_lens": None})[1] is None
 
 
 def first_call(q_len: int) -> dict[str, Any]:

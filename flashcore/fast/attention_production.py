@@ -221,10 +221,16 @@ def attention_with_kv_cache(
     past = _check_cache(past_key_value, seq_lens, query, key, update_cache)
     validation.check_device("query", query)
 
-    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = _is_capturing(query)
     lengths = _Lengths(past, seq_lens, new_lens, batch, q_len, capturing)
-    if not (update_cache or capturing or isinstance(past, KVCache)):
-        lengths.read()  # there will be no cache to report what the device finds
+    if not (update_cache or isinstance(past, KVCache)):
+        # There will be no cache to report what the device finds.
+        if capturing and not (seq_lens is None and new_lens is None):
+            raise ValueError(
+                "past_key_value must be a KVCache where lengths are given to a call with update_cache=False recorded in "
+                f"a CUDA graph, got {type(past_key_value).__name__}: nothing else could report a length out of range"
+            )
+        lengths.read()
     if update_cache:
         buffer_pair = _make_room(past, lengths, key, cache_max_len)
         seq_lens_out = buffers.empty([batch], torch.int32, query.device)
@@ -565,6 +571,11 @@ def _readable(tensor: Tensor) -> Tensor:
     copy[..., :head_dim].copy_(tensor)
     copy[..., head_dim:].zero_()
     return copy
+
+
+def _is_capturing(query: Tensor) -> bool:
+    """Whether the call is being recorded in a CUDA graph, where the host may not wait for the device."""
+    return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(query: Tensor) -> contextlib.AbstractContextManager[Any]:
