@@ -845,7 +845,7 @@ def test_without_updating_nothing_overflows() -> None:
 @pytest.mark.parametrize("name", ["seq_lens", "new_lens"])
 def test_a_graph_takes_lengths_only_where_something_can_report_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recording cannot wait for lengths, and with update_cache=False only a KVCache given could say they were bad."""
-    monkeypatch.setattr(attention_production, "_is_capturing", lambda query: True)
+    monkeypatch.setattr(attention_production, "_is_capturing", lambda _: True)
     arguments = {**valid(), "update_cache": False}
     if name == "new_lens":
         arguments |= {**WITHOUT_CACHE, "new_lens": lengths(1, 3)}

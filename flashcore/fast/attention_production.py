@@ -227,8 +227,8 @@ def attention_with_kv_cache(
         # There will be no cache to report what the device finds.
         if capturing and not (seq_lens is None and new_lens is None):
             raise ValueError(
-                "past_key_value must be a KVCache where lengths are given to a call with update_cache=False recorded in "
-                f"a CUDA graph, got {type(past_key_value).__name__}: nothing else could report a length out of range"
+                "past_key_value must be a KVCache where lengths are given to a call with update_cache=False recorded "
+                f"in a CUDA graph, got {type(past_key_value).__name__}: nothing else could report a length out of range"
             )
         lengths.read()
     if update_cache:
