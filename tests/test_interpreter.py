@@ -107,8 +107,13 @@ def test_strided_values_are_read_as_they_stand() -> None:
 @cache
 def probe(*arguments: str) -> dict[str, Any]:
     """What a fresh interpreter computes; on any machine, whatever this process runs on."""
+    return output_of("tests.interpreter_probe", *arguments)
+
+
+def output_of(module: str, *arguments: str) -> dict[str, Any]:
+    """The JSON object that a module prints when its kernels run in the interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreter_probe", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -153,14 +158,32 @@ def test_canary_upstream_truncates_to_bfloat16(what: str) -> None:
 def test_canary_upstream_prepares_the_language_at_every_call() -> None:
     assert probe()["preparations of 3 programs"] > probe()["preparations of 1 program"], (
         "Triton's interpreter prepares the language once a launch now: "
-        "delete flashcore.fast.interpreter.save_time, and this canary"
+        "delete Language from flashcore.fast.interpreter_speed, and this canary"
     )
 
 
-def test_a_launch_prepares_the_language_once() -> None:
+def test_the_language_is_prepared_from_what_the_first_launch_found_out() -> None:
     found = probe("corrected")
 
-    assert found["preparations of 1 program"] == found["preparations of 3 programs"] == 1
+    assert found["preparations of 1 program"] == found["preparations of 3 programs"] == 0
+
+
+@cache
+def bits(*arguments: str) -> dict[str, Any]:
+    """What the kernels give on drawn cases, in a fresh interpreter."""
+    return output_of("tests.interpreter_bits", "16", "3", *arguments)
+
+
+def test_saving_time_changes_no_bit() -> None:
+    saving, upstream = bits(), bits("unknown")
+
+    assert saving["saves time"]
+    assert len(saving["digests"]) > 8
+    assert saving["digests"] == upstream["digests"]
+
+
+def test_an_unknown_triton_interprets_as_it_did() -> None:
+    assert not bits("unknown")["saves time"]
 
 
 def test_a_launch_leaves_the_language_as_it_was() -> None:

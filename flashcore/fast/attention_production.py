@@ -12,11 +12,11 @@ from torch import Tensor
 
 from flashcore import validation
 from flashcore.cache import KVCache
-from flashcore.fast import buffers, interpreter, relaunch, tuning
+from flashcore.fast import buffers, interpreter, interpreter_speed, relaunch, tuning
 
 if interpreter.is_on():
     interpreter.correct_bfloat16()
-    interpreter.save_time()
+    interpreter_speed.save_time()
 
 from flashcore.fast.kernels.append import append_new_tokens
 from flashcore.fast.kernels.prefill import prefill_attention

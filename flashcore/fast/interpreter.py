@@ -13,7 +13,6 @@ a canary that fails once upstream is right, so that this module can go.
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -79,43 +78,3 @@ def correct_bfloat16() -> None:
     builder.create_dot = create_dot
     builder.cast_impl = cast_impl
     builder.flashcore_corrected = True
-
-
-def save_time() -> None:
-    """Let a launch patch ``triton.language`` once instead of once a call of a jit function; a second call does nothing.
-
-    The interpreter prepares the language for every nested jit function again, although the first time is enough
-    until the launch ends. The kernels' arithmetic is not touched.
-    """
-    from triton.runtime import interpreter
-
-    module: Any = interpreter
-    if hasattr(module, "flashcore_saves_time"):
-        return
-    original = module._patch_lang
-    prepared: set[int] = set()
-
-    class LaunchScope:
-        """Ends the launch: restores the language, and forgets what was prepared for it."""
-
-        def __init__(self, scope: Any) -> None:
-            self.scope = scope
-
-        def restore(self) -> None:
-            prepared.clear()
-            self.scope.restore()
-
-    def patch_lang(fn: Any) -> Any:
-        namespace = id(fn.__globals__)
-        if namespace in prepared:
-            return None
-        outermost = not prepared
-        scope = original(fn)
-        prepared.add(namespace)
-        return LaunchScope(scope) if outermost else scope
-
-    module._patch_lang = patch_lang
-    # Overflow checks of integer sums feed device_assert, which the interpreter ignores: they only cost time.
-    builder = module.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    module.flashcore_saves_time = True
