@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from flashcore import KVCache
 from flashcore.fast import attention_production
+from flashcore.fast.relaunch import Relaunch
 from properties.case import Case
 from properties.runner import run
 from properties.strategies import cases
@@ -21,6 +23,8 @@ BRANCHES = {
     *(f"split, splits {count}" for count in ("1", "2", "3 or more")),
     *(f"{path}, row tiles {count}" for path in ("prefill", "split") for count in ("1", "several")),
     "append alone",
+    "repeated launch",
+    "launch repeated in another number of splits",
 }
 
 
@@ -62,6 +66,19 @@ def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: p
     ):
         kernel = getattr(attention_production, name)
         monkeypatch.setattr(attention_production, name, Spy(path, seen, kernel.arg_names))
+
+    repeat = Relaunch.__call__
+
+    def repeated(self: Relaunch, past: KVCache, *new: torch.Tensor) -> Any:
+        result = repeat(self, past, *new)
+        if result is not None:
+            seen.add("repeated launch")
+            assert past.max_len is not None
+            if self.plan.num_splits(past.max_len) != self.arguments[self.index["grid_splits"]]:
+                seen.add("launch repeated in another number of splits")
+        return result
+
+    monkeypatch.setattr(Relaunch, "__call__", repeated)
 
     @settings(max_examples=1000, database=None, deadline=None, derandomize=True)
     @given(cases(size="small"))

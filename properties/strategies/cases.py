@@ -30,6 +30,10 @@ _GAINS = (0, 0, 0, 1, -3, 3, 6)
 _SPARE = (0, 1, 16, 40)
 _LAYOUTS = ("contiguous", "contiguous", "transposed", "gapped")
 _NON_FINITE = ("nan", "inf", "-inf")
+# Keys of a row that is long enough to be split by a kernel that nobody told how, and of one a little longer.
+LONG_ROWS = (513, 512, 640)
+# One call that starts a cache, one that may be remembered, and one like it.
+STEADY_STEPS = 3
 # Tiles every case may visit, however often a law runs it: enough for two rows and two splits.
 LEAST_TILES = 8
 
@@ -78,6 +82,11 @@ def cases(
         drafts = []
     exchanges = draw_exchanges(draw, len(drafts), len(steps))
     nothing_cached = rarely(draw, "nothing cached", 4)
+    steady = rarely(draw, "steady decode", 6) and not plain and (max_steps or limits.max_steps) >= STEADY_STEPS
+    if steady:
+        steps, exchanges = (Step(),) * max(STEADY_STEPS, len(steps)), []
+    fills_split = rarely(draw, "steady decode fills a split", 2)
+    long_row = choose(draw, "long row", (0,) * 30 + LONG_ROWS)
 
     block_n = choose(draw, "block_n", limits.tiles if several_splits else (None, *limits.tiles))
     block_m = choose(draw, "block_m", (None, *limits.tiles))
@@ -87,6 +96,11 @@ def cases(
     cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
     rows = rows_from(drafts, exchanges, len(steps), cached, new)
     keys = choose(draw, "keys beside the queries'", ("included", "included", "apart", "fewer"))
+    if long_row and rows and not several_splits:
+        block_n = kv_split_size = None
+        rows = (replace(rows[0], cached=long_row), *rows[1:])
+        limits = replace(limits, max_tiles=limits.max_tiles + long_row // 32)
+        nothing_cached = False
     if plain:
         steps = (Step(),)
         rows = tuple(_attention_row(rows[0], row.uid, keys) for row in rows)
@@ -96,8 +110,13 @@ def cases(
     elif nothing_cached:
         rows = tuple(replace(row, cached=0) for row in rows)
 
-    least = (1 if plain else min_steps, max(min_rows, 1), several_splits)
+    fewest = max(min_steps, STEADY_STEPS) if steady else min_steps
+    least = (1 if plain else fewest, max(min_rows, 1), several_splits or bool(long_row))
     schedule = _Schedule(op, rows, steps, block_m, block_n).within(limits.max_tiles, *least)
+    if steady and fills_split and kv_split_size and schedule.rows:
+        missing = -max(row.cached + row.new[0] for row in schedule.rows) % kv_split_size
+        rows = tuple(replace(row, cached=row.cached + missing) for row in schedule.rows)
+        schedule = _Schedule(op, rows, schedule.steps, block_m, block_n)
     fields: Fields = {"op": op, "rows": schedule.rows, "steps": schedule.steps}
     fields |= {"block_m": block_m, "block_n": block_n, "kv_split_size": kv_split_size}
     fields |= _dimensions(draw, schedule, limits)
@@ -107,6 +126,8 @@ def cases(
     }
     fields |= _slots(draw, schedule, overflow)
     fields |= _layouts(draw, fields)
+    if steady:
+        fields |= _as_they_lie(fields)
     fields |= numbers(draw, tuple(families))
     if non_finite and schedule.rows:
         fields |= {"patches": _patches(draw, fields)}
@@ -248,6 +269,13 @@ def _layouts(draw: Draw, fields: Fields) -> Fields:
         "kv_head_copies": fields["num_kv_heads"] if key == "expanded_heads" else 1,
         "cache_layout": cache if fields.get("capacity") else "contiguous",
     }
+
+
+def _as_they_lie(fields: Fields) -> Fields:
+    """Sizes and layouts that nobody has to copy: calls alike may then be one launch, repeated with other pointers."""
+    layouts = {name: fields[name] for name in ("query_layout", "key_layout", "cache_layout")}
+    changed = {name: "contiguous" if layout == "gapped" else layout for name, layout in layouts.items()}
+    return {**changed, "head_dim": 8 * math.ceil(fields["head_dim"] / 8)}
 
 
 def numbers(draw: Draw, families: tuple[str, ...]) -> Fields:

@@ -14,6 +14,8 @@ from hypothesis import currently_in_test_context, event, target
 from properties.case import DTYPES, FAMILIES, LAYOUTS, OPS, STARTS, TILES, Case
 from properties.schedule import Outline, outline
 
+LONG = 512  # keys: by then a kernel will have split a row on its own account
+
 STEP_KINDS = (
     "first call",
     "first prefill",
@@ -31,6 +33,7 @@ STEP_KINDS = (
     "full to the limit",
     "one slot left",
     "call after an overflow",
+    "call like the last one",
     "no query",
     "padding",
     "some rows idle",
@@ -65,6 +68,7 @@ LENGTHS = (
     "cached one past a multiple",
     "cached one short of a multiple",
     "cached within one tile",
+    f"{LONG} keys or more, split left to the subject",
     "new a multiple of the tile",
     "new one past a multiple",
     "new one short of a multiple",
@@ -175,6 +179,8 @@ def _of_lengths(case: Case, call: Outline) -> Iterator[str]:
                 yield f"{part} one short of a multiple"
             if 0 < n < tile:
                 yield f"{part} within one tile"
+    if case.kv_split_size is None and max(call.kv_lens, default=0) >= LONG:
+        yield f"{LONG} keys or more, split left to the subject"
     query_tile = case.block_m or TILES[0]
     for n in call.new_lens:
         if n:
@@ -240,6 +246,9 @@ def _of_call(case: Case, call: Outline) -> Iterator[str]:
 def _of_pair(before: Outline, after: Outline) -> Iterator[str]:
     if before.overflow_row is not None and after.overflow_row is None:
         yield "call after an overflow"
+    plain = all(call.has_cache and call.stores and not call.passes_seq_lens for call in (before, after))
+    if plain and after.parent == after.index and {*before.new_lens, *after.new_lens} == {before.q_len} == {after.q_len}:
+        yield "call like the last one"
 
 
 def _of_options(case: Case) -> Iterator[str]:
