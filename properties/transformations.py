@@ -264,7 +264,7 @@ def with_one_dominant_key(given: Problem) -> tuple[Problem, list[int | None]]:
     case, step = given.case, given.steps[0]
     winners: list[int | None] = []
     for b, keys in enumerate(step.kv_lens):
-        common = max(1, keys - step.new_lens[b] + 1) if case.is_causal else keys
+        common = max(1, keys - max(1, step.new_lens[b]) + 1) if case.is_causal else keys
         winners.append((case.seed * 5 + b) % common if keys else None)
 
     def change(b: int, key: Float64Array, value: Float64Array) -> tuple[Float64Array, Float64Array]:

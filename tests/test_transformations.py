@@ -124,6 +124,13 @@ def test_a_dominant_key_decides(case: Case, is_causal: bool) -> None:
     np.testing.assert_allclose(expected.out[0, :, -1], np.repeat(value, 3, axis=0), rtol=1e-9)
 
 
+def test_a_dominant_key_of_a_row_without_queries_is_one_of_its_keys() -> None:
+    idle = Row(1, (0,))
+    case = replace(RAGGED, rows=(Row(), idle), is_causal=True, seed=0)
+
+    assert with_one_dominant_key(problem(case))[1] == [0, 0]
+
+
 @BOTH
 def test_permuted_groups_permute_outputs(case: Case) -> None:
     [plain] = right(problem(case))
