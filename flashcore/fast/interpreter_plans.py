@@ -9,9 +9,11 @@ faithfully is left to upstream's code, each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 
 # Kinds remembered of one operation. Scales and loop counters are part of a kind, so that new ones keep coming.
@@ -23,11 +25,15 @@ FOLDED = {
     "create_splat", "create_make_range", "create_broadcast", "create_expand_dims", "create_int_cast", "create_si_to_fp",
     "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc",
 }  # fmt: skip
+# Calls of the builder that are one NumPy operation on each element, which broadcasts its operands in the same way.
+ELEMENTWISE = ("create_add", "create_fadd", "create_sub", "create_fsub", "create_mul", "create_fmul", "create_icmp",
+               "create_fcmp", "create_and", "create_or", "create_addptr", "create_select")  # fmt: skip
 CONSTANTS = frozenset({int, bool, str, type(None), tl.PropagateNan})
 SIMPLE = frozenset({int, bool, float, str, type(None)})
 
 Operation = Callable[..., Any]
-new_object: Any = object.__new__
+Plan = Callable[[tuple[Any, ...]], Any]
+Step = tuple[str, Operation, tuple[int, ...], int]
 
 
 class NoPlanError(Exception):
@@ -35,19 +41,19 @@ class NoPlanError(Exception):
 
 
 class Types:
-    """One object for all equal types, and a token of it that is quick to compare."""
+    """One token for all equal types, found by the identity of a type."""
 
     def __init__(self) -> None:
         """None seen yet."""
         self.known: dict[tuple[type, str], list[Any]] = {}
 
     def token(self, ty: Any) -> Any:
-        """An object that equal types share and others do not."""
-        found: Any = ty.__dict__.get("flashcore_token")
-        if found is None:
-            found = self.one_of(ty).__dict__.setdefault("flashcore_token", object())
-            ty.flashcore_token = found
-        return found
+        """An object that equal types share and others do not, noted on the type."""
+        try:
+            return ty.flashcore_token
+        except AttributeError:
+            ty.flashcore_token = self.one_of(ty).__dict__.setdefault("flashcore_token", object())
+            return ty.flashcore_token
 
     def one_of(self, ty: Any) -> Any:
         """The first type seen that is equal to this one."""
@@ -66,10 +72,7 @@ def kind(operand: Any) -> Any:
     """What the meaning of an operation depends on: the type of a tensor, the value of anything else."""
     cls = operand.__class__
     if cls is tl.tensor:
-        try:
-            return operand.type.flashcore_token
-        except AttributeError:
-            return types.token(operand.type)
+        return types.token(operand.type)
     if cls in CONSTANTS:
         return cls, operand
     if cls is float:
@@ -92,7 +95,7 @@ class Recorder:
 
     Attributes:
         values: handles and other arguments, in the order of their slots; first the operands' handles.
-        steps: (function, slots of its arguments, slot of its result), constants left out.
+        steps: (name, function, slots of its arguments, slot of its result), constants left out.
     """
 
     def __init__(self, builder: Any, handle_type: type, operands: list[Any]) -> None:
@@ -102,7 +105,7 @@ class Recorder:
         self.values: list[Any] = list(operands)
         self.constant = [False] * len(operands)
         self.slots = {id(handle): i for i, handle in enumerate(operands)}
-        self.steps: list[tuple[Operation, tuple[int, ...], int]] = []
+        self.steps: list[Step] = []
         self.faithful = True
 
     def __getattr__(self, name: str) -> Any:
@@ -143,7 +146,7 @@ class Recorder:
         folds = small and name in FOLDED and all(self.constant[i] for i in slots)
         where = self.slot(result, constant=folds)
         if not folds:
-            self.steps.append((function, slots, where))
+            self.steps.append((name, function, slots, where))
 
     def _is_strange(self, argument: Any) -> bool:
         """Whether an argument may carry data that the record does not know where to get from."""
@@ -157,54 +160,73 @@ def _is_enum(value: Any) -> bool:
     return hasattr(type(value), "__members__")
 
 
-class Plan:
-    """What the builder is to do for one kind of operands."""
+def without_broadcasts(recorder: Recorder) -> list[Step]:
+    """The steps, without broadcasts of operands that the one operation after them does as well."""
+    views = {where: slots[0] for name, _, slots, where in recorder.steps if name == "create_broadcast"}
+    if not recorder.steps:
+        return []
+    name, function, slots, where = recorder.steps[-1]
+    if not name.startswith(ELEMENTWISE) or len(recorder.steps) != len(views) + 1 or not views.keys() <= set(slots):
+        return recorder.steps
+    sources = tuple(views.get(slot, slot) for slot in slots)
+    shape = np.broadcast_shapes(*(recorder.values[slot].data.shape for slot in sources))
+    return [(name, function, sources, where)] if shape == recorder.values[where].data.shape else recorder.steps
 
-    def __init__(self, recorder: Recorder, num_operands: int, result: Any) -> None:
-        """Take over a record.
 
-        Raises:
-            NoPlanError: the record does not say all.
-        """
-        if not recorder.faithful:
+def plan_of(recorder: Recorder, operands: Sequence[Any], result: Any) -> Plan:
+    """A function that repeats a record on other operands of the same kind.
+
+    Args:
+        recorder: what noted the calls of the builder.
+        operands: the arguments of the operation.
+        result: what the operation gave.
+
+    Raises:
+        NoPlanError: the record does not say all.
+    """
+    if not recorder.faithful:
+        raise NoPlanError
+    steps = without_broadcasts(recorder)
+    names = {i: f"c{i}" for i in range(len(recorder.values))}
+    tensors = [i for i, operand in enumerate(operands) if operand.__class__ is tl.tensor]
+    names |= {slot: f"h{slot}" for slot in range(len(tensors))}
+    lines = [f"h{slot} = operands[{i}].handle" for slot, i in enumerate(tensors)]
+    functions = []
+    for i, (_, function, slots, where) in enumerate(steps):
+        names[where] = f"h{where}"
+        lines.append(f"h{where} = f{i}({', '.join(names[slot] for slot in slots)})")
+        functions.append(function)
+    known: dict[str, Any] = {f"f{i}": function for i, function in enumerate(functions)}
+    known |= {name: recorder.values[i] for i, name in names.items() if name[0] == "c"}
+    if result is None:
+        lines.append("return None")
+    else:
+        if result.__class__ is not tl.tensor or not (result.handle is None or id(result.handle) in recorder.slots):
             raise NoPlanError
-        order = [i for i in range(num_operands, len(recorder.values)) if recorder.constant[i]]
-        self.constants = [recorder.values[i] for i in order]
-        place = {i: i for i in range(num_operands)}
-        place |= {i: num_operands + j for j, i in enumerate(order)}
-        self.steps: list[tuple[Operation, tuple[int, ...]]] = []
-        for function, slots, where in recorder.steps:
-            place[where] = num_operands + len(order) + len(self.steps)
-            self.steps.append((function, tuple(place[i] for i in slots)))
-        self.result: int | None = None
-        if result is None:
-            return
-        if result.__class__ is not tl.tensor or id(result.handle) not in recorder.slots:
-            raise NoPlanError
-        self.result = place[recorder.slots[id(result.handle)]]
         types.token(result.type)
-        self.shape, self.numel, self.dtype = result.shape, result.numel, result.dtype
-        self.type = types.one_of(result.type)
+        known |= {"shape": result.shape, "numel": result.numel, "type": types.one_of(result.type)}
+        known |= {"dtype": result.dtype, "new": object.__new__, "tensor": tl.tensor}
+        handle = "None" if result.handle is None else names[recorder.slots[id(result.handle)]]
+        lines += ["made = new(tensor)", f"made.handle = {handle}", "made.shape = shape", "made.numel = numel"]
+        lines += ["made.type = type", "made.dtype = dtype", "return made"]
+    return compiled(tuple(sorted(known)), tuple(lines))(**known)
 
-    def run(self, handles: list[Any]) -> Any:
-        """Do it on other data of the same kind."""
-        handles += self.constants
-        for function, slots in self.steps:
-            handles.append(function(*[handles[i] for i in slots]))
-        if self.result is None:
-            return None
-        made = new_object(tl.tensor)
-        made.handle = handles[self.result]
-        made.shape = self.shape
-        made.numel = self.numel
-        made.type = self.type
-        made.dtype = self.dtype
-        return made
+
+@functools.cache
+def compiled(known: tuple[str, ...], lines: tuple[str, ...]) -> Callable[..., Plan]:
+    """From the values of the names that are ``known`` to a plan of these lines; many plans differ in values only."""
+    body = "".join(f"        {line}\n" for line in lines)
+    source = f"def make({', '.join(known)}):\n    def plan(operands):\n{body}    return plan\n"
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    make: Callable[..., Plan] = namespace["make"]
+    return make
 
 
 def remembering(member: Operation, module: Any) -> Operation:
     """A builtin of the language that remembers what it had the builder do."""
     plans: dict[Any, Plan | None] = {}
+    tensor = tl.tensor
     semantic = module.interpreter_semantic
 
     def call(*operands: Any, **options: Any) -> Any:
@@ -213,35 +235,38 @@ def remembering(member: Operation, module: Any) -> Operation:
             if given is not None and given.builder.__class__ is Recorder:
                 return member(*operands, **options, _semantic=given)
         try:
-            key: Any = tuple(map(kind, operands))
+            try:  # most operands are tensors whose type is known
+                key: Any = tuple([x.type.flashcore_token if x.__class__ is tensor else kind(x) for x in operands])
+            except AttributeError:
+                key = tuple(map(kind, operands))
             if options:
-                key = key, tuple(options), tuple(map(kind, options.values()))
+                key = (*key, tuple(options), *map(kind, options.values()))
             plan = plans[key]
         except NoPlanError:
             plan = None
         except KeyError:
-            return record(key, operands, options)
+            return record(key, (*operands, *options.values()), tuple(options))
         if plan is None:
             return member(*operands, **options, _semantic=semantic)
-        handles = [x.handle for x in operands if x.__class__ is tl.tensor]
-        if options:
-            handles += [x.handle for x in options.values() if x.__class__ is tl.tensor]
-        return plan.run(handles)
+        return plan((*operands, *options.values()) if options else operands)
 
-    def record(key: Any, operands: Any, options: Any) -> Any:
-        handles = [x.handle for x in (*operands, *options.values()) if x.__class__ is tl.tensor]
-        distinct = len({id(handle) for handle in handles}) == len(handles)
-        if not distinct:  # x + x: which of the two a step means is not to be told
+    def record(key: Any, values: tuple[Any, ...], names: tuple[str, ...]) -> Any:
+        """Run upstream's code; ``values``: the operands, then the options of these names."""
+        split = len(values) - len(names)
+        operands, options = values[:split], dict(zip(names, values[split:], strict=True))
+        handles = [x.handle for x in values if x.__class__ is tl.tensor]
+        if len({id(handle) for handle in handles}) < len(
+            handles
+        ):  # x + x: which of the two a call means is not to be told
             return member(*operands, **options, _semantic=semantic)
         recorder = Recorder(module.interpreter_builder, module.TensorHandle, handles)
         result = member(*operands, **options, _semantic=type(semantic)(recorder))
-        try:
-            plan = Plan(recorder, len(handles), result)
-        except NoPlanError:
-            plan = None
         if len(plans) >= MOST_PLANS:
             plans.clear()
-        plans[key] = plan
+        try:
+            plans[key] = plan_of(recorder, values, result)
+        except NoPlanError:
+            plans[key] = None
         return result
 
     return call

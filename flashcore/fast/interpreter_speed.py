@@ -10,13 +10,14 @@ Triton that it is known to hold for; elsewhere the interpreter stays as it is, s
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
 import triton
 import triton.language as tl
 
-from flashcore.fast.interpreter_plans import Operation, new_object, remembering
+from flashcore.fast.interpreter_plans import Operation, remembering
 
 KNOWN_VERSIONS = ("3.9.",)
 
@@ -44,6 +45,8 @@ class Language:
         namespace = id(fn.__globals__)
         if namespace in self.prepared:
             return None
+        if not self.prepared and "__signature__" not in fn.__dict__:
+            fn.__signature__ = inspect.signature(fn)  # upstream asks for it several times a launch
         outermost = not self.prepared
         languages = tuple(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
         if languages in self.replaced:
@@ -76,8 +79,11 @@ def lean_builder(module: Any) -> None:
     """Give the builder shorter ways to upstream's results for what kernels do most."""
     builder, handle_type = module.interpreter_builder, module.TensorHandle
     numpy_dtype, binary_op, ternary_op = module._get_np_dtype, builder.binary_op, builder.ternary_op
+    cast_impl, create_splat = builder.cast_impl, builder.create_splat
     numpy_dtypes: dict[str, Any] = {}
+    widths: dict[str, int] = {}
     boolean = np.dtype(bool)
+    new_object: Any = object.__new__
 
     def handle(data: Any, dtype: Any) -> Any:
         """A TensorHandle whose data are known to fit its type."""
@@ -110,10 +116,31 @@ def lean_builder(module: Any) -> None:
         shape = arg.data.shape
         return handle(arg.data.reshape((*shape[:axis], 1, *shape[axis:])), arg.dtype.scalar)
 
+    def lean_cast(src: Any, ty: Any) -> Any:
+        source, target = src.dtype.scalar, ty.scalar
+        if source.name == "bf16" or target.name == "bf16":
+            return cast_impl(src, ty)
+        return handle(src.data.astype(lean_numpy_dtype(target)), target)
+
+    def lean_splat(ty: Any, arg: Any) -> Any:
+        data = arg.data
+        if data.shape != (1,) or data.dtype is not lean_numpy_dtype(arg.dtype) or arg.dtype.is_block():
+            return create_splat(ty, arg)
+        return handle(data.repeat(ty.numel).reshape(ty.shape), arg.dtype.scalar)
+
+    def lean_addptr(ptr: Any, offset: Any) -> Any:
+        found = widths.get(ptr.dtype.name)
+        if found is None:
+            found = widths[ptr.dtype.name] = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
+        return handle(ptr.data + found * offset.data.astype(np.uint64), ptr.dtype)
+
     module._get_np_dtype = lean_numpy_dtype
     builder.binary_op = lean_binary_op
     builder.ternary_op = lean_ternary_op
     builder.create_expand_dims = lean_expand_dims
+    builder.cast_impl = lean_cast
+    builder.create_splat = lean_splat
+    builder.create_addptr = lean_addptr
 
 
 def save_time() -> None:
