@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis.strategies import SearchStrategy
 
 from properties.case import Case
-from references.arithmetic_model import PERMISSIVE, ArithmeticModel
+from properties.needs import Need, asked_by
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,14 @@ class Law:
         check: raises if the law does not hold on a case.
         cases: the strategy that draws them.
         sentence: first line of the docstring, or the name in words.
-        is_exact: it asks for bits that only a kernel of declared arithmetic owes: those of the lattice, where weights
-            2^-k are exact for exponentials in base 2 and sums divided last, and those of sums with one more zero.
+        asks: what a kernel must meet to owe it, as the test declares with ``properties.needs.asks``.
     """
 
     name: str
     check: Callable[[Case], None]
     cases: SearchStrategy[Case]
     sentence: str
-    is_exact: bool = False
+    asks: frozenset[Need] = frozenset()
 
 
 class UnknownLaw(ValueError):
@@ -63,13 +62,13 @@ def _law(name: str, test: Any, handle: Any) -> Law:
     if list(strategies) != ["case"]:
         raise ValueError(f"a law must take one argument, case, got {name}({', '.join(strategies)})")
     sentence = (test.__doc__ or name.replace("_", " ")).strip().splitlines()[0]
-    is_exact = "on_the_lattice" in handle.inner_test.__code__.co_names or "changes_no_bit" in name
-    return Law(name, handle.inner_test, strategies["case"], sentence, is_exact)
+    return Law(name, handle.inner_test, strategies["case"], sentence, asked_by(test))
 
 
-def owed(found: dict[str, Law], model: ArithmeticModel) -> dict[str, Law]:
-    """The laws that a kernel of this arithmetic owes: not those of bits on the lattice if nothing is known of it."""
-    return {name: law for name, law in found.items() if model != PERMISSIVE or not law.is_exact}
+def owed(found: dict[str, Law], meets: Callable[[Need], bool]) -> tuple[dict[str, Law], dict[str, str]]:
+    """The laws whose needs a kernel meets, and for each of the others what it lacks, in words."""
+    lacking = {name: ", ".join(sorted(need for need in law.asks if not meets(need))) for name, law in found.items()}
+    return {name: found[name] for name, lacks in lacking.items() if not lacks}, {n: w for n, w in lacking.items() if w}
 
 
 def select_names(names: Sequence[str], wanted: str | None) -> list[str]:

@@ -6,12 +6,14 @@ from hypothesis import given
 
 from properties.assertions import assert_same_outputs
 from properties.case import Case
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.transformations import shuffled
 from properties.variants import alone, permuted, roomy, with_an_idle_row, with_capacity
 
 
+@asks("bits across batches")
 @given(case=cases(min_rows=2, runs=2, overflow=False))
 def test_a_row_alone_equals_the_row_in_its_batch(case: Case) -> None:
     case = roomy(case)
@@ -22,6 +24,7 @@ def test_a_row_alone_equals_the_row_in_its_batch(case: Case) -> None:
         assert_same_outputs([got.rows(b) for got in together], single, f"row {b} in its batch and alone")
 
 
+@asks("bits across batches")
 @given(case=cases(min_rows=2, runs=2, overflow=False))
 def test_a_row_equals_itself_beside_an_empty_one(case: Case) -> None:
     case = roomy(case)
@@ -32,6 +35,7 @@ def test_a_row_equals_itself_beside_an_empty_one(case: Case) -> None:
     assert_same_outputs(kept, old, "rows beside an empty row and beside its former self")
 
 
+@asks("bits across batches")
 @given(case=cases(min_rows=2, runs=2, overflow=False))
 def test_permuting_rows_permutes_results(case: Case) -> None:
     case, order = roomy(case), shuffled(case.batch, case.seed)
@@ -40,6 +44,7 @@ def test_permuting_rows_permutes_results(case: Case) -> None:
     assert_same_outputs(moved, [got.rows(order) for got in still], "the permuted and the plain batch")
 
 
+@asks("cache", "bits across batches")
 @given(case=cases(ops=("attention_with_kv_cache",), runs=2, overflow=False))
 def test_spare_capacity_changes_nothing(case: Case) -> None:
     case = roomy(case)

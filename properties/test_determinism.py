@@ -9,15 +9,18 @@ from properties import callers, subjects
 from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import assert_no_findings
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 
 
+@asks("bits across runs")
 @given(case=cases(runs=3))
 def test_running_twice_gives_the_same_bits(case: Case) -> None:
     assert_same_outputs(run(case).outputs, run(case).outputs, "the first and the second run")
 
 
+@asks("cache", "bits across runs")
 @given(case=cases(runs=3))
 def test_repeating_a_call_on_the_same_cache_changes_nothing(case: Case) -> None:
     repeated = run(case, callers.repeating(subjects.active()))
@@ -26,6 +29,7 @@ def test_repeating_a_call_on_the_same_cache_changes_nothing(case: Case) -> None:
     assert_no_findings(repeated, ["append", "cache", "lengths", "inputs"])
 
 
+@asks("bits across runs")
 @given(case=cases(runs=3))
 def test_other_calls_in_between_change_nothing(case: Case) -> None:
     """No workspace, counter or plan of another shape, scale or dtype survives into a call."""
@@ -34,6 +38,7 @@ def test_other_calls_in_between_change_nothing(case: Case) -> None:
     assert_same_outputs(interleaved.outputs, run(case).outputs, "calls with others in between and without")
 
 
+@asks("bits across runs")
 @given(case=cases(ops=("attention_with_kv_cache",), min_rows=2, runs=3))
 def test_how_lengths_are_stored_does_not_matter(case: Case) -> None:
     plain = run(case).outputs

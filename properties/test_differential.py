@@ -7,6 +7,7 @@ from hypothesis import given
 from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import assert_no_findings, check_values
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import aim, cases
 from properties.variants import decoding
@@ -19,6 +20,7 @@ def test_output_and_lse_lie_within_the_error_budget_at_every_step(case: Case) ->
     aim(out=used.out, lse=used.lse)
 
 
+@asks("NaN in unread memory")
 @given(case=cases())
 def test_nothing_invisible_is_read(case: Case) -> None:
     """NaN in unused slots, padding, gaps and fresh memory changes no bit of any result."""
@@ -35,6 +37,7 @@ def test_nothing_else_is_written(case: Case) -> None:
     assert_no_findings(made, ["inputs", "cache", "guard"])
 
 
+@asks("cache")
 @given(case=cases())
 def test_append_stores_bit_exact_copies(case: Case) -> None:
     """The returned cache holds the old tokens, then the new ones, and says how many."""
@@ -43,6 +46,7 @@ def test_append_stores_bit_exact_copies(case: Case) -> None:
     assert_no_findings(made, ["append", "lengths"])
 
 
+@asks("overflow")
 @given(case=cases())
 def test_overflow_is_all_or_nothing(case: Case) -> None:
     """A call raises exactly when a row passes cache_max_len, and then no byte has changed."""

@@ -8,12 +8,14 @@ from hypothesis import given
 from properties.assertions import assert_same_numbers
 from properties.case import Case
 from properties.checking import assert_no_findings, check_values
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.variants import with_an_idle_row
 from properties.visible import visible_counts
 
 
+@asks("empty rows")
 @given(case=cases(min_rows=1))
 def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity(case: Case) -> None:
     made = run(with_an_idle_row(case))
@@ -29,6 +31,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity(case: Case) -> N
             assert_same_numbers("lse", step.got, lse, nothing, "a query without keys and -inf")
 
 
+@asks("empty rows")
 @given(case=cases(min_rows=2, several_splits=True, ops=("attention_with_kv_cache",)))
 def test_an_empty_row_keeps_its_neighbours_splits_apart(case: Case) -> None:
     """Splits that a row does not have add nothing to it: neighbours hold their own numbers."""

@@ -7,6 +7,7 @@ from hypothesis import given
 from properties.assertions import Got, assert_close, assert_same_outputs
 from properties.case import Case
 from properties.checking import expected_outputs
+from properties.needs import asks
 from properties.runner import run
 from properties.schedule import problem
 from properties.strategies import cases
@@ -14,6 +15,7 @@ from properties.transformations import query_heads, shuffled, with_groups
 from properties.variants import on_the_lattice, repeated_heads
 
 
+@asks("declared arithmetic")
 @given(case=cases(min_group=2, runs=2, families=("lattice",)))
 def test_grouped_heads_equal_repeated_key_value_heads_on_the_lattice(case: Case) -> None:
     case = on_the_lattice(case)
@@ -31,6 +33,7 @@ def test_grouped_heads_stay_close_to_repeated_key_value_heads(case: Case) -> Non
         assert_close(one, other, (allowed, also), "grouped heads and repeated ones")
 
 
+@asks("bits across batches")
 @given(case=cases(min_kv_heads=2, runs=2))
 def test_permuting_groups_permutes_outputs(case: Case) -> None:
     given, order = problem(case), shuffled(case.num_kv_heads, case.seed)

@@ -12,6 +12,7 @@ from properties.assertions import assert_close, assert_near, assert_same_bits, a
 from properties.case import Case
 from properties.checking import expected_outputs
 from properties.halves import merged, merged_budget
+from properties.needs import asks
 from properties.runner import run
 from properties.schedule import problem
 from properties.strategies import cases
@@ -37,6 +38,7 @@ def test_permuting_keys_stays_within_the_budget(case: Case) -> None:
         assert_close(one, other, (allowed, also), "keys in order and permuted")
 
 
+@asks("declared arithmetic")
 @given(case=cases(max_steps=1, causal=(False,), families=("lattice",), runs=2))
 def test_permuting_keys_changes_no_bit_on_the_lattice(case: Case) -> None:
     given = problem(not_causal(on_the_lattice(one_call(case))))
@@ -57,6 +59,7 @@ def test_a_constant_on_all_logits_moves_only_the_lse(case: Case) -> None:
         assert_close(one, other, (allowed, also), "level and shifted logits", lse_moves_by=moves)
 
 
+@asks("declared arithmetic")
 @given(case=cases(max_steps=2, families=("lattice",), runs=2))
 def test_a_constant_on_all_logits_changes_no_bit_of_the_output_on_the_lattice(case: Case) -> None:
     given = problem(on_the_lattice(case))
@@ -66,6 +69,7 @@ def test_a_constant_on_all_logits_changes_no_bit_of_the_output_on_the_lattice(ca
         assert_same_numbers("out", one, one.values, other.values, "shifted and level logits")
 
 
+@asks("declared arithmetic", "lse")
 @given(case=cases(max_steps=1, families=("lattice",), runs=2))
 def test_duplicating_every_key_adds_ln_2_to_the_lse(case: Case) -> None:
     """On the lattice the output keeps its bits."""
@@ -77,6 +81,7 @@ def test_duplicating_every_key_adds_ln_2_to_the_lse(case: Case) -> None:
         assert_close(one, other, (allowed, also), "keys once and twice", lse_moves_by=math.log(2.0))
 
 
+@asks("declared arithmetic")
 @given(case=cases(max_steps=1, runs=2))
 def test_a_key_far_below_the_maximum_changes_no_bit(case: Case) -> None:
     """More than 150 octaves: its weight is zero in float32. It may open a tile or a split of its own."""
@@ -86,6 +91,7 @@ def test_a_key_far_below_the_maximum_changes_no_bit(case: Case) -> None:
     assert_same_outputs(run(with_inert_key(given)).outputs, run(given).outputs, "an inert key more and without")
 
 
+@asks("bits across runs")
 @given(case=cases(max_steps=2, causal=(True,), runs=2))
 def test_editing_the_newest_token_leaves_earlier_queries(case: Case) -> None:
     given = problem(replace(finite(one_call(case)), is_causal=True))
@@ -98,6 +104,7 @@ def test_editing_the_newest_token_leaves_earlier_queries(case: Case) -> None:
                 assert_same_bits(before, after, "queries before a plain token and an edited one")
 
 
+@asks("lse")
 @given(case=cases(max_steps=1, runs=2))
 def test_lse_is_monotone_in_the_visible_set(case: Case) -> None:
     given = problem(finite(one_call(case)))
@@ -111,6 +118,7 @@ def test_lse_is_monotone_in_the_visible_set(case: Case) -> None:
         assert_near("lse", some, lowest, some.lse_values, budget, comparable, "all keys and some of them")
 
 
+@asks("lse")
 @given(case=cases(max_steps=1, ops=("attention",), causal=(False,), runs=3))
 def test_two_halves_merged_by_their_lse_equal_the_whole(case: Case) -> None:
     given = problem(not_causal(finite(plain(case))))

@@ -8,17 +8,20 @@ from properties import callers, subjects
 from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import assert_no_findings
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.variants import contiguous, one_call, with_tiles
 
 
+@asks("bits across layouts")
 @given(case=cases(runs=2))
 def test_strided_inputs_equal_contiguous_ones(case: Case) -> None:
     """Transposed, sliced out of something larger, every second element, expanded: the same bits."""
     assert_same_outputs(run(case).outputs, run(contiguous(case)).outputs, "strided tensors and contiguous ones")
 
 
+@asks("bits across layouts")
 @given(case=cases(max_steps=2, runs=2))
 def test_unaligned_inputs_equal_aligned_ones(case: Case) -> None:
     unaligned = run(case, callers.unaligned(subjects.active())).outputs
@@ -26,6 +29,7 @@ def test_unaligned_inputs_equal_aligned_ones(case: Case) -> None:
     assert_same_outputs(unaligned, run(case).outputs, "unaligned tensors and aligned ones")
 
 
+@asks("bits across layouts")
 @given(case=cases(max_steps=1, dtypes=("float16",), min_rows=2, min_kv_heads=2))
 def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
     """Batch rows, heads or tokens 2**31 elements apart give the same bits and get the same tokens appended."""

@@ -8,12 +8,14 @@ from hypothesis import given
 from properties.assertions import LawViolation, assert_same_numbers, describe
 from properties.case import Case
 from properties.checking import expected_outputs
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.variants import finite, with_own_heads
 from properties.visible import reached_by
 
 
+@asks("visible NaN", "bits across runs")
 @given(case=cases(non_finite=True, families=("normal", "integers", "rising"), runs=2))
 def test_a_non_finite_key_or_value_reaches_exactly_the_outputs_that_see_it(case: Case) -> None:
     case = with_own_heads(case)

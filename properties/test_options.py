@@ -8,6 +8,7 @@ from properties import retries, subjects
 from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import assert_no_findings
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.variants import steady
@@ -15,6 +16,7 @@ from properties.variants import steady
 WITH_CACHE = ("attention_with_kv_cache",)
 
 
+@asks("cache", "bits across runs")
 @given(case=cases(ops=WITH_CACHE, min_rows=1, min_steps=2, runs=4, overflow=False))
 def test_a_call_with_other_options_leaves_nothing_behind(case: Case) -> None:
     """Another scale or mask, or another layout of the query, on the same cache changes no bit of the calls between."""
@@ -24,6 +26,7 @@ def test_a_call_with_other_options_leaves_nothing_behind(case: Case) -> None:
     assert_same_outputs(among.outputs, run(case).outputs, "a call among others on its cache and alone")
 
 
+@asks("refusals")
 @given(case=cases(ops=WITH_CACHE, overflow=False))
 def test_buffers_without_their_lengths_are_refused(case: Case) -> None:
     made = run(case, retries.without_lengths(subjects.active(), case))

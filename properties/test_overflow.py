@@ -7,11 +7,13 @@ from hypothesis import given
 from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import check_run
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.variants import limits_around, one_call, then_again
 
 
+@asks("overflow")
 @given(case=cases(ops=("attention_with_kv_cache",), min_rows=2, runs=3))
 def test_a_row_fits_to_its_last_slot_and_not_one_further(case: Case) -> None:
     """At the limit a row needs, one slot above and one below: refused whole or done whole, whichever row it is."""
@@ -19,6 +21,7 @@ def test_a_row_fits_to_its_last_slot_and_not_one_further(case: Case) -> None:
         check_run(run(limited))
 
 
+@asks("overflow", "bits across runs")
 @given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, runs=3))
 def test_a_call_after_an_overflow_works(case: Case) -> None:
     """A refused call leaves the cache as it was: the next valid one gives what it would have given."""

@@ -6,6 +6,7 @@ from hypothesis import given
 
 from properties.assertions import assert_same_outputs
 from properties.case import Case
+from properties.needs import asks
 from properties.runner import run
 from properties.schedule import problem
 from properties.sequences import assert_close_sequences, assert_same_caches, assert_same_sequences
@@ -16,6 +17,7 @@ from properties.variants import appends, as_single_prefill, as_single_tokens, on
 WITH_CACHE = ("attention_with_kv_cache",)
 
 
+@asks("cache")
 @given(case=cases(ops=WITH_CACHE, min_steps=2, runs=3, overflow=False))
 def test_any_partition_into_steps_gives_the_same_outputs(case: Case) -> None:
     steps = run(appends(case))
@@ -24,6 +26,7 @@ def test_any_partition_into_steps_gives_the_same_outputs(case: Case) -> None:
     assert_close_sequences(steps, run(as_single_tokens(case)), "several calls and single tokens")
 
 
+@asks("cache", "declared arithmetic")
 @given(case=cases(ops=WITH_CACHE, min_steps=2, families=("lattice",), runs=3, overflow=False))
 def test_any_partition_into_steps_gives_the_same_bits_on_the_lattice(case: Case) -> None:
     case = on_the_lattice(case)
@@ -33,6 +36,7 @@ def test_any_partition_into_steps_gives_the_same_bits_on_the_lattice(case: Case)
     assert_same_sequences(steps, run(as_single_tokens(case)), "several calls and single tokens")
 
 
+@asks("cache")
 @given(case=cases(ops=WITH_CACHE, min_steps=2, runs=3, overflow=False))
 def test_any_partition_into_steps_fills_the_cache_alike(case: Case) -> None:
     steps, whole = run(appends(case)), run(as_single_prefill(case))
@@ -40,6 +44,7 @@ def test_any_partition_into_steps_fills_the_cache_alike(case: Case) -> None:
     assert_same_caches(steps, whole)
 
 
+@asks("cache", "bits across batches")
 @given(case=cases(ops=WITH_CACHE, min_steps=2, runs=3, overflow=False))
 def test_a_call_on_a_used_cache_equals_one_on_a_fresh_cache(case: Case) -> None:
     """Forks, retries, roll-backs and growth leave a cache that is worth its own tokens and nothing else."""

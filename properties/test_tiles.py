@@ -10,6 +10,7 @@ from properties.assertions import assert_close, assert_same_outputs
 from properties.case import TILES, Case
 from properties.checking import expected_outputs
 from properties.exact import assert_exact
+from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.variants import decoding, on_the_lattice, one_call, with_tiles
@@ -24,6 +25,7 @@ def other_tiles(case: Case) -> list[Case]:
     return [unsplit] if case.op == "attention" else [unsplit, with_tiles(case, 16, 16, 16)]
 
 
+@asks("declared arithmetic")
 @given(case=cases(families=("lattice",), runs=3))
 def test_the_exact_lattice_equals_integer_arithmetic(case: Case) -> None:
     made = run(on_the_lattice(case))
@@ -31,6 +33,7 @@ def test_the_exact_lattice_equals_integer_arithmetic(case: Case) -> None:
     assert_exact(made, made.subject.model(devices.current()).division_error)
 
 
+@asks("declared arithmetic", "tiles")
 @given(case=cases(families=("lattice",), runs=3))
 def test_tiles_and_splits_change_no_bit_on_the_lattice(case: Case) -> None:
     case = on_the_lattice(case)
@@ -40,6 +43,7 @@ def test_tiles_and_splits_change_no_bit_on_the_lattice(case: Case) -> None:
         assert_same_outputs(run(other).outputs, outputs, "other tiles and the drawn ones")
 
 
+@asks("tiles")
 @given(case=cases(several_splits=True, runs=2, ops=WITH_CACHE))
 def test_tiles_and_splits_stay_within_the_budget(case: Case) -> None:
     outputs = expected_outputs(run(case))
@@ -49,6 +53,7 @@ def test_tiles_and_splits_stay_within_the_budget(case: Case) -> None:
             assert_close(one, two, (allowed, also), "the drawn tiles and others")
 
 
+@asks("declared arithmetic")
 @given(case=cases(families=("lattice",), runs=3))
 def test_every_kernel_gives_the_same_bits_on_the_lattice(case: Case) -> None:
     """One split equals the kernel without splits, and so do several."""
@@ -61,6 +66,7 @@ def test_every_kernel_gives_the_same_bits_on_the_lattice(case: Case) -> None:
         assert_same_outputs(other, outputs, f"the {name} kernel and the chosen one")
 
 
+@asks("tiles")
 @given(case=cases(max_steps=1, several_splits=True, runs=2, ops=WITH_CACHE))
 def test_one_split_for_all_keys_equals_no_split(case: Case) -> None:
     case, tile = one_call(case), case.block_n or 16
@@ -71,6 +77,7 @@ def test_one_split_for_all_keys_equals_no_split(case: Case) -> None:
     assert_same_outputs(run(whole).outputs, run(unsplit).outputs, "one split for all keys and no split")
 
 
+@asks("declared arithmetic", "tiles")
 @given(case=cases(min_rows=1, several_splits=True, families=("lattice",), runs=4, ops=WITH_CACHE, overflow=False))
 def test_every_kernel_decodes_alike_over_several_splits_on_the_lattice(case: Case) -> None:
     """No split, one for each tile, as many as the kernel likes, or at most two: the same bits."""

@@ -8,6 +8,7 @@ from hypothesis import given
 from properties.assertions import assert_near, assert_same_bits, assert_same_numbers
 from properties.case import Case
 from properties.checking import expected_outputs
+from properties.needs import asks
 from properties.runner import run
 from properties.schedule import problem
 from properties.strategies import cases
@@ -83,6 +84,7 @@ def test_equal_logits_over_a_power_of_two_of_keys_give_the_exact_mean(case: Case
                 assert_same_numbers("out", row, row.values, rounded, "the output and the mean")
 
 
+@asks("bits across runs")
 @given(case=cases(families=MODERATE, runs=2))
 def test_scaling_values_by_a_power_of_two_scales_the_output(case: Case) -> None:
     """Bit for bit, where the smaller output is no subnormal number."""
@@ -95,6 +97,7 @@ def test_scaling_values_by_a_power_of_two_scales_the_output(case: Case) -> None:
         assert_same_numbers("lse", larger, larger.lse_values, got.lse_values, "larger values and plain ones")
 
 
+@asks("bits across runs")
 @given(case=cases(runs=2))
 def test_negating_values_negates_the_output(case: Case) -> None:
     given = problem(finite(case))
@@ -106,6 +109,7 @@ def test_negating_values_negates_the_output(case: Case) -> None:
         assert_same_numbers("lse", other, other.lse_values, got.lse_values, "negated values and plain ones")
 
 
+@asks("bits across runs")
 @given(case=cases(families=MODERATE, runs=3))
 def test_a_power_of_two_moves_freely_between_query_key_and_scale(case: Case) -> None:
     given = problem(moderate(case))

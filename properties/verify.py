@@ -139,6 +139,8 @@ class Verification:
             self.seed = 0 if profile.fixed_seed else random.SystemRandom().randrange(1 << 31)
         self.results: dict[str, _Result] = {}
         self.sentences: dict[str, str] = {}
+        self.not_offered: dict[str, str] = {}
+        self.not_owed: list[str] = []
         self.description = ""
         self.regressions: list[dict[str, str]] = []
         self.began = time.monotonic()
@@ -154,11 +156,13 @@ class Verification:
             ready = pool.workers[0].ready()
             self.description = ready.description
             self.sentences = ready.laws
-            chosen = laws.select_names(list(ready.laws), options.law)
-            self.results = {name: _Result() for name in chosen}
+            chosen = laws.select_names([*ready.laws, *ready.not_offered], options.law)
+            self.results = {name: _Result() for name in chosen if name in ready.laws}
+            self.not_offered = ready.not_offered
+            self.not_owed = [name for name in chosen if name in ready.not_offered]
             self.progress.say(f"device: {ready.description}")
             self.progress.say(
-                f"subject: {options.subject}; {len(chosen)} laws, {len(pool.workers)} workers, seed {self.seed}"
+                f"subject: {options.subject}; {len(self.results)} laws, {len(pool.workers)} workers, seed {self.seed}"
             )
             self._replay_regressions(pool)
             self._explore(pool)
@@ -174,7 +178,7 @@ class Verification:
 
     def _failed(self) -> bool:
         failing = any(r.failure for r in self.results.values())
-        return failing or self.noisy or any(r["verdict"] != "holds" for r in self.regressions)
+        return failing or self.noisy or any(r["verdict"] not in ("holds", "not offered") for r in self.regressions)
 
     def _left(self) -> float | None:
         return None if self.seconds is None else self.seconds - (time.monotonic() - self.began)
@@ -187,7 +191,9 @@ class Verification:
         for path in sorted(self.options.regressions.glob("*.json")):
             stored = case_file.CaseFile.read(path)  # a broken regression is an error of usage, not a verdict
             name = laws.name_of(stored.law)
-            if name not in self.sentences:
+            if name in self.not_offered:
+                verdict, report = "not offered", ""
+            elif name not in self.sentences:
                 verdict, report = "unknown law", f"{path}: no law is called {stored.law}"
             else:
                 failure = self._try(worker, name, stored.case)
@@ -251,7 +257,7 @@ class Verification:
                 continue
             return unit
         left = self._left()
-        if failing or left is None or left < 2 * SHORTEST_SLICE or self.max_examples is not None:
+        if failing or left is None or left < 2 * SHORTEST_SLICE or self.max_examples is not None or not self.results:
             return None
         # Time is left over: more of the law with the least time.
         name = min(self.results, key=lambda law: self.results[law].seconds)
@@ -404,6 +410,7 @@ class Verification:
             compared = r.tally.calls > 0
             out, lse = (r.tally.worst.out, r.tally.worst.lse) if compared else (None, None)
             lines.append(Line(name, r.tally.cases, out, lse, r.seconds, r.verdict))
+        lines += [Line(n, 0, None, None, 0.0, f"not offered: {self.not_offered[n]}") for n in self.not_owed]
         seconds = time.monotonic() - self.began
         if lines:
             self.progress.say("\n" + table(lines))
@@ -411,9 +418,10 @@ class Verification:
         self._report_regions()
         cases = sum(line.cases for line in lines)
         failing = [name for name, r in self.results.items() if r.failure is not None]
-        verdict = f"{len(failing)} of {len(lines)} laws fail" if failing else "all laws hold"
+        verdict = f"{len(failing)} of {len(self.results)} laws fail" if failing else "all laws hold"
+        verdict = verdict if self.results else "no law that was asked for is owed"
         verdict += "; the pooled errors are not rounding noise" * self.noisy
-        if any(r["verdict"] != "holds" for r in self.regressions):
+        if any(r["verdict"] not in ("holds", "not offered") for r in self.regressions):
             verdict += "; a regression is back"
         if interrupted:
             verdict = "interrupted; " + (verdict if failing else "no law failed so far")
@@ -465,6 +473,7 @@ class Verification:
             "seconds": round(seconds, 3),
             "interrupted": interrupted,
             "regressions": self.regressions,
+            "not_offered": {name: self.not_offered[name] for name in self.not_owed},
             "laws": [
                 {
                     "law": name,

@@ -36,11 +36,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker's first message: where it runs, and the laws it found. ``error`` if it cannot work."""
+    """A worker's first message: where it runs, and the laws it found. ``error`` if it cannot work.
+
+    Attributes:
+        laws: sentence of each law that the subject owes.
+        not_offered: what the subject lacks for each of the others.
+    """
 
     device: str = ""
     description: str = ""
     laws: dict[str, str] = field(default_factory=dict)
+    not_offered: dict[str, str] = field(default_factory=dict)
     error: str = ""
 
 
@@ -98,13 +104,13 @@ def _serve(connection: Connection, setup: Setup) -> None:
         subject = subjects.activate(setup.subject)
         if chosen == "cuda" and not subject.slow:
             os.environ.setdefault(sizes.VARIABLE, "large")
-        found = laws.owed(laws.discover(), subject.model(device.current()))
+        found, not_offered = laws.owed(laws.discover(), lambda need: subject.meets(need, chosen))
     except (device.DeviceError, subjects.SubjectError, ValueError) as error:
         connection.send(Ready(error=str(error)))
         return
     journal = Journal(Path(setup.journal))
     sentences = {name: law.sentence for name, law in found.items()}
-    connection.send(Ready(chosen, device.describe(chosen), sentences))
+    connection.send(Ready(chosen, device.describe(chosen), sentences, not_offered))
     while True:
         task: Task = connection.recv()
         match task:

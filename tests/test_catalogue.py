@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from properties import laws
+from properties import laws, needs, subjects
 from properties.case import Case, Patch, Row, Step
 from references.lattice import lattice_scale
 
@@ -57,4 +57,20 @@ def test_every_law_holds_on_every_kind_of_case(case: Case) -> None:
 
 def test_every_law_is_a_sentence() -> None:
     assert len(LAWS) >= 50
-    assert [name for name in LAWS if len(name.split("_")) < 3] == []
+    short = ["the_scale_matters", "is_causal_matters", "new_lens_matter", "seq_lens_matter"]
+    assert [name for name in LAWS if len(name.split("_")) < 4] == short
+
+
+def test_only_declared_needs_excuse_a_law() -> None:
+    unknown, known = subjects.load("properties.subjects.naive:attention_with_kv_cache"), subjects.load("flashcore")
+    owed, not_offered = laws.owed(LAWS, lambda need: unknown.meets(need, "cpu"))
+
+    assert set(not_offered) == {name for name, law in LAWS.items() if "declared arithmetic" in law.asks}
+    assert set(not_offered.values()) == {"declared arithmetic"}
+    assert {*owed, *not_offered} == set(LAWS)
+    assert laws.owed(LAWS, lambda need: known.meets(need, "cpu")) == (LAWS, {})
+
+
+def test_a_need_that_does_not_exist_cannot_be_asked() -> None:
+    with pytest.raises(ValueError, match=r"a law must ask for one of declared arithmetic, .*, got exact bits"):
+        needs.asks("exact bits")  # type: ignore[arg-type]

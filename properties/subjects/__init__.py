@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from properties.case import Case
+from properties.needs import Need
 from references.arithmetic_model import PERMISSIVE, ArithmeticModel
 from references.tiling import Tiles, tiling
 
@@ -77,6 +78,10 @@ class Subject:
     slow: bool = False
     paths: Mapping[str, Callable[[Case], AbstractContextManager[Any]]] = field(default_factory=dict)
     is_disturbed: bool = False
+
+    def meets(self, need: Need, device: str) -> bool:
+        """Whether a law that asks for this is owed: all of the contract is, bits of unknown arithmetic are not."""
+        return need != "declared arithmetic" or self.model(device) != PERMISSIVE
 
 
 def load(spec: str) -> Subject:
