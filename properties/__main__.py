@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     planted.add_argument("--fast", action="store_true", help="one of each class, few cases, no baselines")
     planted.add_argument("--seconds", type=_seconds, metavar="S", help="time of one mutant, to its first failing case")
     planted.add_argument("--seed", type=int, default=0, metavar="N", help="draw other cases")
-    planted.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    planted.add_argument("--json", type=Path, metavar="FILE", help="also write the results here, after every mutant")
+    planted.add_argument("--resume", action="store_true", help="keep what FILE says of mutants that are still the same")
     planted.add_argument("--markdown", type=Path, metavar="FILE", help="also write the document here")
     planted.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
     planted.add_argument("--device", choices=DEVICES, default="auto")
@@ -150,6 +151,7 @@ def _mutants(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             workers=workers,
             json_path=arguments.json,
+            resume=arguments.resume,
             markdown_path=arguments.markdown,
         )
     )

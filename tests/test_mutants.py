@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from properties import laws
 from properties.case import Case
 from properties.exploring import Failure
-from properties.mutants import catalogue, trial
+from properties.mutants import catalogue, record, trial
 from properties.mutants.catalogue import ALL, select
 from properties.mutants.mutant import ROOT, AnchorError, Edit, Mutant, edited, write_mutated
 from properties.mutants.trial import KILLED, SURVIVED, UNSOUND, Verdict
+from tests.command_line import properties
 
 IDS = {mutant.id for mutant in ALL}
 # The catalogue of the project's issue: what cannot exist in these kernels is not in it.
@@ -102,6 +104,44 @@ def test_a_case_that_the_shipped_source_fails_too_is_no_kill(report: str | None,
     trial._judge(verdict, Failure("law", Case(), "out", ""), _Stub(report))  # type: ignore[arg-type]
 
     assert verdict.outcome == outcome
+
+
+def test_a_sample_of_every_class_is_killed(tmp_path: Path) -> None:
+    done = properties("mutants", "--fast", "-n", 1, "--json", "result.json", folder=tmp_path, seconds=900)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())["mutants"]
+    assert {m["class"] for m in found} == {mutant.category for mutant in ALL if not mutant.neutral}
+    assert all(m["outcome"] == KILLED for m in found)
+    # A mutant that does not even run would be an empty success.
+    assert not [m["id"] for m in found if m["kind"] in ("error", "search")]
+
+
+def test_neutral_changes_survive(tmp_path: Path) -> None:
+    ids = [mutant.id for mutant in ALL if mutant.neutral]
+    done = properties(
+        *("mutants", "--fast", "-n", 1, "--id", *ids, "--seconds", 6, "--json", "result.json"),
+        folder=tmp_path,
+        seconds=900,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())["mutants"]
+    assert [m["id"] for m in found] == ids
+    assert all(m["outcome"] == SURVIVED and m["cases"] for m in found)
+
+
+def test_a_resumed_run_keeps_the_verdicts_of_mutants_that_are_still_the_same(tmp_path: Path) -> None:
+    first, other = select(["M01", "M12"])
+    verdict = Verdict(first, KILLED, ("law",), "out", 3, 2.5, 4.0, Case(), "report", {"grid": True})
+    path = tmp_path / "result.json"
+    record.write(path, {"profile": "ci", "mutants": [record.to_record(verdict)]})
+
+    assert record.known(path, [first, other], {"profile": "ci"}) == {"M01": verdict}
+    assert record.known(path, [first], {"profile": "nightly"}) == {}
+    changed = replace(first, edits=(replace(first.edits[0], replacement="        if MASK_N and MASK_D:\n"),))
+    assert record.known(path, [changed], {"profile": "ci"}) == {}
+    assert record.known(None, [first], {}) == record.known(tmp_path / "none.json", [first], {}) == {}
 
 
 def test_a_fault_that_no_law_sees_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

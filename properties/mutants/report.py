@@ -21,7 +21,7 @@ class Score:
         description: device and versions.
         profile: how hard the laws tried.
         num_laws: how many there are.
-        seconds: of the whole run.
+        seconds: that the verdicts took, summed.
         baselines: which baselines fail on the shipped source.
     """
 
@@ -177,7 +177,7 @@ def _summary(score: Score) -> list[str]:
         lines.append(
             f"{killed} of {len(faults)} planted faults killed ({share}), half of them within "
             f"{score.median_seconds:.1f} s; {score.num_laws} laws, profile {score.profile}, "
-            f"{score.seconds:.0f} s in all"
+            f"{score.seconds:.0f} s of one core in all"
         )
     for name in BASELINES:
         asked = [v for v in faults if name in v.baselines]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from properties.mutants import record
 from properties.mutants.catalogue import ALL, select
 from properties.mutants.mutant import Mutant, edited
 from properties.mutants.report import Score, markdown, table
@@ -38,6 +38,7 @@ class Options:
     device: str = "auto"
     workers: int = 1
     json_path: Path | None = None
+    resume: bool = False
     markdown_path: Path | None = None
 
 
@@ -51,7 +52,7 @@ def effort(options: Options) -> Effort:
 
 
 def run(options: Options, say: Callable[[str], object] = print) -> Score:
-    """Put the mutants asked for on trial.
+    """Put the mutants asked for on trial; write ``json_path`` after each of them.
 
     Raises:
         AnchorError: one of them does not apply to the source any more; nothing is run.
@@ -62,7 +63,6 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
         edited(mutant)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a worker
     trying = effort(options)
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         original = Original(Path(folder), options.device, trying.case_seconds)
         try:
@@ -70,29 +70,33 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
             on_gpu = "CUDA" in description or "sm_" in description
             here = [m for m in mutants if on_gpu or not m.needs_gpu]
             laws = original.laws()
+            how = {"device": description, "profile": options.profile, "fast": options.fast, "seed": options.seed}
+            done = record.known(options.json_path if options.resume else None, here, how)
             say(f"device: {description}")
             say(f"{len(here)} mutants, {len(laws)} laws, at most {trying.max_examples} cases each, seed {options.seed}")
+            if done:
+                say(f"{len(done)} of them are known from {options.json_path}")
             baselines = original.baselines() if trying.baselines else {}
-            verdicts = _all_verdicts(here, trying, original, options, say)
+            absent = tuple(m for m in mutants if m not in here)
+
+            def score() -> Score:
+                verdicts = tuple(done[m.id] for m in here if m.id in done)
+                seconds = sum(v.total_seconds for v in verdicts)
+                return Score(verdicts, absent, description, options.profile, len(laws), seconds, baselines)
+
+            def one(mutant: Mutant) -> None:
+                verdict = try_mutant(mutant, trying, original, options.device)
+                done[mutant.id] = verdict
+                say(_line(verdict))
+                if options.json_path is not None:
+                    record.write(options.json_path, {**how, **_summary(score())})
+
+            with ThreadPoolExecutor(options.workers) as threads:
+                # Neutral mutants take longest: they go first.
+                list(threads.map(one, sorted((m for m in here if m.id not in done), key=lambda m: not m.neutral)))
         finally:
             original.stop()
-    absent = tuple(m for m in mutants if m not in here)
-    return Score(tuple(verdicts), absent, description, options.profile, len(laws), time.monotonic() - began, baselines)
-
-
-def _all_verdicts(
-    mutants: Sequence[Mutant], trying: Effort, original: Original, options: Options, say: Callable[[str], object]
-) -> list[Verdict]:
-    def one(mutant: Mutant) -> Verdict:
-        verdict = try_mutant(mutant, trying, original, options.device)
-        say(_line(verdict))
-        return verdict
-
-    with ThreadPoolExecutor(options.workers) as threads:
-        # Neutral mutants take longest: they go first.
-        longest_first = sorted(mutants, key=lambda m: not m.neutral)
-        done = {v.mutant.id: v for v in threads.map(one, longest_first)}
-    return [done[m.id] for m in mutants]
+    return score()
 
 
 def _line(verdict: Verdict) -> str:
@@ -109,39 +113,17 @@ def main(options: Options) -> int:
     """Run, print the table, write the files; the exit status."""
     score = run(options, lambda text: print(text, flush=True))
     print("\n" + table(score))
-    if options.json_path is not None:
-        options.json_path.write_text(json.dumps(_record(score), indent=1) + "\n")
     if options.markdown_path is not None:
         options.markdown_path.write_text(markdown(score, time.strftime("%Y-%m-%d")))
     return EXIT_HOLDS if score.perfect else EXIT_FAILS
 
 
-def _record(score: Score) -> dict[str, Any]:
+def _summary(score: Score) -> dict[str, Any]:
     return {
-        "device": score.description,
-        "profile": score.profile,
         "laws": score.num_laws,
         "seconds": round(score.seconds, 1),
         "baselines_on_the_original": score.baselines,
         "not_run": {m.id: m.needs_gpu for m in score.absent},
-        "mutants": [
-            {
-                "id": v.mutant.id,
-                "class": v.mutant.category,
-                "change": v.mutant.change,
-                "neutral": v.mutant.neutral,
-                "outcome": v.outcome,
-                "laws": list(v.laws),
-                "kind": v.kind,
-                "cases": v.cases,
-                "seconds": round(v.seconds, 2),
-                "total_seconds": round(v.total_seconds, 2),
-                "tokens": v.tokens,
-                "case": None if v.case is None else json.loads(v.case.to_json()),
-                "report": v.report,
-                "baselines": v.baselines,
-            }
-            for v in score.verdicts
-        ],
+        "mutants": [record.to_record(v) for v in score.verdicts],
         "all": len(ALL),
     }

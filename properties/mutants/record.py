@@ -1,0 +1,80 @@
+"""Verdicts as JSON: what a run writes after every mutant, and a later run takes over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from properties.case import Case
+from properties.mutants.mutant import Mutant, edited
+from properties.mutants.trial import Verdict
+
+
+def digest(mutant: Mutant) -> str:
+    """Of the changed files: a verdict on other text says nothing about this mutant."""
+    return hashlib.sha256(json.dumps(edited(mutant), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_record(verdict: Verdict) -> dict[str, Any]:
+    """One verdict."""
+    mutant = verdict.mutant
+    return {
+        "id": mutant.id,
+        "class": mutant.category,
+        "change": mutant.change,
+        "neutral": mutant.neutral,
+        "digest": digest(mutant),
+        "outcome": verdict.outcome,
+        "laws": list(verdict.laws),
+        "kind": verdict.kind,
+        "cases": verdict.cases,
+        "seconds": round(verdict.seconds, 2),
+        "total_seconds": round(verdict.total_seconds, 2),
+        "tokens": verdict.tokens,
+        "case": None if verdict.case is None else json.loads(verdict.case.to_json()),
+        "report": verdict.report,
+        "baselines": verdict.baselines,
+    }
+
+
+def from_record(record: dict[str, Any], mutant: Mutant) -> Verdict:
+    """The verdict that ``to_record`` described."""
+    return Verdict(
+        mutant,
+        outcome=record["outcome"],
+        laws=tuple(record["laws"]),
+        kind=record["kind"],
+        cases=record["cases"],
+        seconds=record["seconds"],
+        total_seconds=record["total_seconds"],
+        case=None if record["case"] is None else Case.from_json(json.dumps(record["case"])),
+        report=record["report"],
+        baselines=record["baselines"],
+    )
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Replace the file whole."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def known(path: Path | None, mutants: list[Mutant], wanted: dict[str, Any]) -> dict[str, Verdict]:
+    """The verdicts of a file that still hold, by id: of the same mutated text, by a run like the one wanted.
+
+    Args:
+        path: of the file; nothing is known if there is none.
+        mutants: of the run to come.
+        wanted: fields that the file's run must share.
+    """
+    if path is None or not path.exists():
+        return {}
+    result = json.loads(path.read_text())
+    if any(result[name] != value for name, value in wanted.items()):
+        return {}
+    old = {record["id"]: record for record in result["mutants"]}
+    return {m.id: from_record(old[m.id], m) for m in mutants if m.id in old and old[m.id]["digest"] == digest(m)}
