@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from properties import device as devices
+from properties import subjects
 from properties.assertions import Expected, Float64Array, Got, Utilisation, assert_shapes, assert_within_budget
 from properties.case import Case
 from properties.recorder import recorder
 from properties.runner import Run, StepRun, run, violation
-from properties.schedule import InitialCache, PlannedStep
+from properties.schedule import InitialCache, PlannedStep, Problem
 from properties.subjects import Subject
 from references import kv_cache
 from references.attention import attention, visible_keys
@@ -191,6 +192,16 @@ def _with_budgets(
             for name, part in parts.items():
                 terms.setdefault(name, np.zeros_like(like))[real] = part
     return expected
+
+
+def num_splits(given: Problem) -> list[int]:
+    """How many splits the first call makes of each row's cached keys, by what the active subject declares."""
+    case, step, subject = given.case, given.steps[0], subjects.active()
+    if case.op == "attention":
+        return [1] * case.batch
+    with subject.forced(case):
+        lengths = zip(step.seq_lens, step.new_lens, strict=True)
+        return [len(subject.tiles(case, step.q_len, cached, new)) for cached, new in lengths]
 
 
 def visible_problem(
