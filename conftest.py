@@ -38,6 +38,8 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")  # workers share the cores among them
 
 from properties import device as devices  # noqa: E402 - after the environment is set
+from properties.capabilities import NotOffered  # noqa: E402
+from properties.needs import asked_by  # noqa: E402
 from properties.strategies import sizes  # noqa: E402
 
 DEVICE = devices.choose()
@@ -78,12 +80,25 @@ def pytest_report_header() -> list[str]:
 _failing_cases: dict[str, tuple[Any, Exception]] = {}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have each law remember the case it failed on last, which after shrinking is the smallest."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out laws that the kernel does not owe; have each remember the case it failed on last, the smallest."""
+    from properties import subjects
+
+    subject = subjects.active()
+    owed, others = [], []
     for item in items:
-        handle = getattr(getattr(item, "function", None), "hypothesis", None)
-        if handle is not None and item.path.parent.name == "properties":
+        law = getattr(item, "function", None)
+        handle = getattr(law, "hypothesis", None)
+        is_law = handle is not None and item.path.parent.name == "properties"
+        if is_law and not all(subject.meets(need, DEVICE) for need in asked_by(law)):
+            others.append(item)
+            continue
+        if is_law and handle is not None:
             handle.inner_test = _remembering(item.nodeid, handle.inner_test)
+        owed.append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = owed
 
 
 def _remembering(nodeid: str, check: Callable[..., None]) -> Callable[..., None]:
@@ -91,13 +106,24 @@ def _remembering(nodeid: str, check: Callable[..., None]) -> Callable[..., None]
     def remembering(case: Any) -> None:
         try:
             check(case)
-        except HypothesisException:
+        except (HypothesisException, NotOffered):
             raise
         except Exception as error:
             _failing_cases[nodeid] = case, error
             raise
 
     return remembering
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """A law whose cases ask for what the kernel does not offer is no failure, and did not pass."""
+    try:
+        return (yield)
+    except NotOffered as lacking:
+        if pyfuncitem.path.parent.name != "properties":
+            raise
+        pytest.skip(f"not offered: {lacking}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from properties.case import Case, Row
 from properties.subjects import Subject
 
 Function = Callable[..., Any]
@@ -42,6 +43,10 @@ def repeating(subject: Subject) -> Subject:
 def interleaved(subject: Subject) -> Subject:
     """Before every call others are made, with another head_dim, dtype, batch, scale and number of splits."""
     other = subject.attention_with_kv_cache
+    rows = (Row(40, (2,)), Row(0, (2,)), Row(7, (2,)))
+    like = Case(rows, num_kv_heads=2, group_size=3, scale=2.0, is_causal=True, start="tuple", capacity=64)
+    for head_dim in (24, 64):
+        subject.capabilities.require(replace(like, head_dim=head_dim))
 
     def disturb(device: torch.device, like: torch.dtype) -> None:
         for dtype, head_dim, cached in ((torch.float32, 24, 40), (like, 64, 3)):

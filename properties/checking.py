@@ -45,7 +45,6 @@ def check_run(made: Run) -> Utilisation:
         if step.got is not None and expected is not None:
             worst |= compare(step, expected)
         assert_no_findings(made, BYTES, [step])
-    note_unsupported(made)
     return worst
 
 
@@ -56,7 +55,6 @@ def check_values(made: Run) -> Utilisation:
     for step, expected in zip(made.steps, expectations(made), strict=False):
         if step.got is not None and expected is not None:
             worst |= compare(step, expected)
-    note_unsupported(made)
     return worst
 
 
@@ -81,13 +79,6 @@ def assert_no_findings(made: Run, kinds: Sequence[str], steps: Sequence[StepRun]
         for finding in step.findings:
             if finding.kind in kinds:
                 raise violation(made.case, step, finding, made.is_transformed)
-    note_unsupported(made)
-
-
-def note_unsupported(made: Run) -> None:
-    """Count cases that the subject has no function for: they prove nothing."""
-    if not made.supported:
-        recorder.tally.unsupported += 1
 
 
 def expectations(made: Run) -> Iterator[Expected | None]:

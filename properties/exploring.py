@@ -6,7 +6,6 @@ import functools
 import os
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -15,6 +14,7 @@ from hypothesis.errors import HypothesisException
 
 from properties import reduction
 from properties.assertions import CONTEXT_LOST, LawViolation, Sighting, describe
+from properties.capabilities import NotOffered
 from properties.case import Case
 from properties.journal import Journal
 from properties.laws import Law
@@ -122,6 +122,8 @@ class _Watch:
             self.law.check(case)
         except HypothesisException:
             raise
+        except NotOffered as lacking:
+            self.tally.not_offered[str(lacking)] += 1
         except Exception as error:
             if self.journal is not None:
                 _leave_if_lost(error)
@@ -183,6 +185,9 @@ def explore(law: Law, work: Assignment, journal: Journal | None = None) -> Outco
         test()
     except TimeIsUp:
         pass
+    except NotOffered as lacking:  # nothing that the law could draw
+        tally.not_offered[str(lacking)] += 1
+        tally.cases += 1
     except Exception as error:
         if watch.failed is None:  # not the law but the search itself: a strategy or a health check
             watch.failed = _search_error(law, error)
@@ -224,13 +229,15 @@ def _reduce(watch: _Watch, deadline: float) -> None:
     reduction.reduce(watch.failed.case, fails, deadline)
 
 
-def check(law: Law, case: Case, journal: Journal | None = None) -> Failure | None:
-    """Run one law on one case."""
+def check(law: Law, case: Case, journal: Journal | None = None) -> Failure | NotOffered | None:
+    """Run one law on one case; None if it holds."""
     recorder.start()
     if journal is not None:
         journal.begin(law.name, case.to_json())
     try:
         law.check(case)
+    except NotOffered as lacking:
+        return lacking
     except Exception as error:
         if journal is not None:
             _leave_if_lost(error)
@@ -239,15 +246,3 @@ def check(law: Law, case: Case, journal: Journal | None = None) -> Failure | Non
         if journal is not None:
             journal.end()
     return None
-
-
-def siblings(
-    laws: dict[str, Law], failure: Failure, seconds: float, each: Callable[[Law, Case], Failure | None]
-) -> tuple[str, ...]:
-    """Other laws that the failing case breaks too, as far as the time reaches."""
-    deadline = time.monotonic() + seconds
-    broken = []
-    for name, law in laws.items():
-        if name != failure.law and time.monotonic() < deadline and each(law, failure.case) is not None:
-            broken.append(name)
-    return tuple(broken)

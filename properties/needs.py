@@ -10,11 +10,13 @@ Need = Literal[
     "lse",
     "tiles",
     "cache",
+    "cache in place",
     "overflow",
     "refusals",
     "empty rows",
     "NaN in unread memory",
     "visible NaN",
+    "exact results",
     "bits across runs",
     "bits across batches",
     "bits across layouts",
@@ -25,12 +27,14 @@ declared arithmetic: the order of its sums and the exactness of its powers are k
     and one weight of zero more changes no sum.
 lse: it returns log-sum-exps.
 tiles: it takes ``block_m``, ``block_n`` and a forced split size.
-cache: it keeps the tokens of earlier calls.
+cache: it keeps the tokens of earlier calls; in place: in the buffers it is given.
 overflow: it refuses a row that would pass ``cache_max_len``.
 refusals: it raises where an argument is missing that cannot be guessed.
 empty rows: a query that sees no key gives 0 and -inf.
 NaN in unread memory: it may lie there.
 visible NaN: it reaches exactly the outputs that see it.
+exact results: where a weight is exactly 1, or all are equal, no bit of the result is off; a power of two or a sign on
+    the values, or moved between query, key and scale, changes nothing else.
 bits across runs, batches, layouts: they do not depend on other calls; on other rows, heads and spare slots; on strides.
 """
 NEEDS: tuple[Need, ...] = get_args(Need)

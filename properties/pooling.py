@@ -38,7 +38,8 @@ def assert_rounding_noise(case: Case, made: Run) -> None:
     model = made.subject.model(devices.current()).name
     chi = clean_chi(case.dtype, model)
     if chi is None or (case.values, case.gain, case.patches) != ("normal", 0, ()):
-        recorder.tally.unsupported += 1  # an arithmetic of which nothing is known, or data whose errors are not noise
+        # An arithmetic of which nothing is known, or data whose errors are not noise.
+        recorder.tally.not_offered["errors of known size"] += 1
         return
     pool = pooled(made)
     recorder.pooled(f"{case.dtype}, {model}", pool)

@@ -20,7 +20,7 @@ class Tally:
     Attributes:
         cases: cases tried.
         calls: calls of the kernel compared with the reference.
-        unsupported: cases the subject has no function for; they prove nothing and are reported.
+        not_offered: cases that ask for what the subject does not offer, by what that is; they prove nothing.
         worst: largest error over budget seen.
         regions: how many cases reached each named region.
         noise: errors over their predicted standard deviation, pooled by format and arithmetic.
@@ -28,7 +28,7 @@ class Tally:
 
     cases: int = 0
     calls: int = 0
-    unsupported: int = 0
+    not_offered: Counter[str] = field(default_factory=Counter)
     worst: Utilisation = field(default_factory=Utilisation)
     regions: Counter[str] = field(default_factory=Counter)
     noise: dict[str, NoisePool] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Tally:
         """Add the sums of another run of the same law."""
         self.cases += other.cases
         self.calls += other.calls
-        self.unsupported += other.unsupported
+        self.not_offered.update(other.not_offered)
         self.worst |= other.worst
         self.regions.update(other.regions)
         for name, pool in other.noise.items():

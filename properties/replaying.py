@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from properties import laws, schedule, subjects
+from properties.capabilities import NotOffered
 from properties.case_file import MAX_STORY, CaseFile
 from properties.exploring import Failure
 from properties.pool import Death, Pool
@@ -41,6 +42,10 @@ def replay(files: list[Path], subject: str = subjects.DEFAULT, device: str = "au
         known = worker.ready().laws
         for path, read in stored:
             name = laws.name_of(read.law)
+            if name in worker.ready().not_offered:
+                print(f"ERROR  {path}: {name}: not offered by {subject}: {worker.ready().not_offered[name]}")
+                status = ERROR
+                continue
             if name not in known:
                 print(f"ERROR  {path}: law must be one of the suite's, got {read.law[:80]!r}")
                 status = ERROR
@@ -50,6 +55,10 @@ def replay(files: list[Path], subject: str = subjects.DEFAULT, device: str = "au
                 print(f"FAILED {path}: {name}: the kernel: {answer.how}")
             elif isinstance(answer.value, Failure):
                 print(f"FAILED {path}: {name}\n{answer.value.report}")
+            elif isinstance(answer.value, NotOffered):
+                print(f"ERROR  {path}: {name}: not offered by {subject}: {answer.value}")
+                status = ERROR
+                continue
             else:
                 print(f"FIXED  {path}: {name}")
                 continue

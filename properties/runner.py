@@ -68,13 +68,11 @@ class Run:
         subject: what ran it.
         problem: the arrays it ran on.
         steps: the calls made.
-        supported: False if the subject has no such function; then there are no steps.
     """
 
     problem: Problem
     subject: Subject
     steps: list[StepRun] = field(default_factory=list)
-    supported: bool = True
 
     @property
     def case(self) -> Case:
@@ -113,15 +111,18 @@ def run(what: Case | Problem, subject: Subject | None = None, *, poisoned: bool 
         what: a case, or a problem whose arrays are no longer those of its case.
         subject: default the active one.
         poisoned: whether what the contract says is not read is NaN. False: padding holds ordinary numbers, unused
-            slots and fresh memory zeros; by the contract this changes no bit of any result.
+            slots and fresh memory zeros; by the contract this changes no bit of any result. A subject that does not
+            promise that never gets NaN there.
+
+    Raises:
+        NotOffered: the subject does not take such a case.
     """
     subject = subjects.active() if subject is None else subject
     given = problem(what) if isinstance(what, Case) else what
     case = given.case
     result = Run(given, subject)
-    if case.op == "attention" and subject.attention is None:
-        result.supported = False
-        return result
+    subject.capabilities.require(case)
+    poisoned = poisoned and subject.capabilities.keeps("NaN in unread memory")
     session = _Session(given, subject, devices.current(), poisoned)
     with session.allocating(), subject.forced(case):
         for planned in given.steps:
@@ -329,6 +330,7 @@ class _Session:
             planned.index,
             self.fresh if self.poisoned and self.subject.allocators else None,
             is_transformed=self.problem.is_transformed or self.subject.is_disturbed,
+            has_lse=self.subject.capabilities.lse,
         )
 
     def _took_cache(self, step: StepRun, cache: Any) -> str | None:
@@ -377,7 +379,8 @@ class _Session:
         if stored is not None:
             has_room = parent is not None and max(planned.kv_lens, default=0) <= parent.k.tensor.shape[2]
             moved = has_room and parent is not None and (stored.k is not parent.k or stored.v is not parent.v)
-            if moved and stored.k.tensor.numel():
+            may_move = self.subject.capabilities.cache != "in place"
+            if moved and not may_move and stored.k.tensor.numel():
                 detail = f"{max(planned.kv_lens, default=0)} slots are needed and were there"
                 findings.append(Finding("cache", "the cache moved although it had room", detail))
             self._compare_stored(step, stored, parent, before)

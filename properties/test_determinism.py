@@ -20,7 +20,7 @@ def test_running_twice_gives_the_same_bits(case: Case) -> None:
     assert_same_outputs(run(case).outputs, run(case).outputs, "the first and the second run")
 
 
-@asks("cache", "bits across runs")
+@asks("cache in place", "bits across runs")
 @given(case=cases(runs=3))
 def test_repeating_a_call_on_the_same_cache_changes_nothing(case: Case) -> None:
     repeated = run(case, callers.repeating(subjects.active()))

@@ -29,7 +29,7 @@ def test_unaligned_inputs_equal_aligned_ones(case: Case) -> None:
     assert_same_outputs(unaligned, run(case).outputs, "unaligned tensors and aligned ones")
 
 
-@asks("bits across layouts")
+@asks("bits across layouts", "cache in place")
 @given(case=cases(max_steps=1, dtypes=("float16",), min_rows=2, min_kv_heads=2))
 def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
     """Batch rows, heads or tokens 2**31 elements apart give the same bits and get the same tokens appended."""

@@ -17,7 +17,6 @@ from properties.variants import appends, as_single_prefill, as_single_tokens, on
 WITH_CACHE = ("attention_with_kv_cache",)
 
 
-@asks("cache")
 @given(case=cases(ops=WITH_CACHE, min_steps=2, runs=3, overflow=False))
 def test_any_partition_into_steps_gives_the_same_outputs(case: Case) -> None:
     steps = run(appends(case))

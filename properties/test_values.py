@@ -41,6 +41,7 @@ def test_every_output_lies_in_the_hull_of_the_visible_values(case: Case) -> None
         assert_near("out", got, got.values, nearest, allowed.out_budget, comparable, "an output and the hull")
 
 
+@asks("exact results")
 @given(case=cases(max_steps=1))
 def test_a_dominant_key_gives_its_value(case: Case) -> None:
     """One key more than 150 octaves above the others: its value comes back bit for bit.
@@ -62,6 +63,7 @@ def test_a_dominant_key_gives_its_value(case: Case) -> None:
                 assert_same_numbers("out", row, np.where(comparable, row.values, 0.0), wanted, comparison)
 
 
+@asks("exact results")
 @given(case=cases(max_steps=1))
 def test_one_key_gives_its_value(case: Case) -> None:
     given = problem(with_one_key(case))
@@ -75,6 +77,7 @@ def test_one_key_gives_its_value(case: Case) -> None:
             assert_same_numbers("out", row, row.values, wanted, "the output and the only value")
 
 
+@asks("exact results")
 @given(case=cases(max_steps=1, families=("integers",)))
 def test_equal_logits_over_a_power_of_two_of_keys_give_the_exact_mean(case: Case) -> None:
     given = changed(problem(with_values(with_power_of_two_keys(case), "integers")), {"query": np.zeros_like})
@@ -89,7 +92,7 @@ def test_equal_logits_over_a_power_of_two_of_keys_give_the_exact_mean(case: Case
                 assert_same_numbers("out", row, row.values, rounded, "the output and the mean")
 
 
-@asks("bits across runs")
+@asks("exact results")
 @given(case=cases(families=MODERATE, runs=2))
 def test_scaling_values_by_a_power_of_two_scales_the_output(case: Case) -> None:
     """Bit for bit, where the smaller output is no subnormal number."""
@@ -102,7 +105,7 @@ def test_scaling_values_by_a_power_of_two_scales_the_output(case: Case) -> None:
         assert_same_numbers("lse", larger, larger.lse_values, got.lse_values, "larger values and plain ones")
 
 
-@asks("bits across runs")
+@asks("exact results")
 @given(case=cases(runs=2))
 def test_negating_values_negates_the_output(case: Case) -> None:
     given = problem(finite(case))
@@ -114,7 +117,7 @@ def test_negating_values_negates_the_output(case: Case) -> None:
         assert_same_numbers("lse", other, other.lse_values, got.lse_values, "negated values and plain ones")
 
 
-@asks("bits across runs")
+@asks("exact results")
 @given(case=cases(families=MODERATE, runs=3))
 def test_a_power_of_two_moves_freely_between_query_key_and_scale(case: Case) -> None:
     given = problem(moderate(case))

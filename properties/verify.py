@@ -14,6 +14,7 @@ from typing import Any
 
 from properties import case_file, laws, reduction
 from properties.assertions import describe
+from properties.capabilities import NotOffered
 from properties.case import Case
 from properties.exploring import Assignment, Failure, Outcome
 from properties.noise import clean_chi, judge
@@ -116,7 +117,12 @@ class _Result:
             return "FAILS"
         if self.tally.cases == 0:
             return "not run"
-        return "holds" if self.tally.unsupported < self.tally.cases else "unsupported"
+        return "holds" if self.judged else "not offered"
+
+    @property
+    def judged(self) -> int:
+        """Cases that the subject took."""
+        return self.tally.cases - self.tally.not_offered.total()
 
 
 class Verification:
@@ -141,6 +147,7 @@ class Verification:
         self.sentences: dict[str, str] = {}
         self.not_offered: dict[str, str] = {}
         self.not_owed: list[str] = []
+        self.has_lse = True
         self.description = ""
         self.regressions: list[dict[str, str]] = []
         self.began = time.monotonic()
@@ -155,7 +162,7 @@ class Verification:
         try:
             ready = pool.workers[0].ready()
             self.description = ready.description
-            self.sentences = ready.laws
+            self.sentences, self.has_lse = ready.laws, ready.has_lse
             chosen = laws.select_names([*ready.laws, *ready.not_offered], options.law)
             self.results = {name: _Result() for name in chosen if name in ready.laws}
             self.not_offered = ready.not_offered
@@ -196,15 +203,19 @@ class Verification:
             elif name not in self.sentences:
                 verdict, report = "unknown law", f"{path}: no law is called {stored.law}"
             else:
-                failure = self._try(worker, name, stored.case)
-                verdict = "FAILS" if failure else "holds"
-                report = f"regression {path} fails again\n{failure.report}" if failure else ""
+                found = self._try(worker, name, stored.case)
+                verdict, report = "holds", ""
+                if isinstance(found, NotOffered):
+                    verdict = "not offered"
+                elif found is not None:
+                    verdict, report = "FAILS", f"regression {path} fails again\n{found.report}"
             self.regressions.append({"file": str(path), "verdict": verdict})
             if report:
                 self.progress.say(report)
         if self.regressions:
             held = sum(r["verdict"] == "holds" for r in self.regressions)
-            self.progress.say(f"regressions: {held} of {len(self.regressions)} hold")
+            judged = sum(r["verdict"] != "not offered" for r in self.regressions)
+            self.progress.say(f"regressions: {held} of {judged} hold")
 
     # -- exploration -------------------------------------------------------------------------------------------
 
@@ -359,7 +370,7 @@ class Verification:
             for name in self.results:
                 if name != failure.law and time.monotonic() < deadline:
                     sibling = self._try(worker, name, failure.case)
-                    broken += [name] if sibling is not None else []
+                    broken += [name] if isinstance(sibling, Failure) else []
             failure = replace(failure, sibling_laws=tuple(broken))
         self.results[failure.law].failure = failure
         seconds = time.monotonic() - self.began
@@ -371,12 +382,12 @@ class Verification:
             text += answer.value if isinstance(answer, Answer) else failure.report
         self.progress.say(text + "\n")
 
-    def _try(self, worker: Worker, law: str, case: Case) -> Failure | None:
+    def _try(self, worker: Worker, law: str, case: Case) -> Failure | NotOffered | None:
         """Run one law on one case; death is a failure."""
         answer = self._ask(worker, Check(law, case), self.options.case_seconds)
         if isinstance(answer, Death):
             return Failure(law, case, answer.kind, f"the kernel: {answer.how}\n  case: {describe(case)}")
-        found: Failure | None = answer.value
+        found: Failure | NotOffered | None = answer.value
         return found
 
     @staticmethod
@@ -409,7 +420,7 @@ class Verification:
         for name, r in self.results.items():
             compared = r.tally.calls > 0
             out, lse = (r.tally.worst.out, r.tally.worst.lse) if compared else (None, None)
-            lines.append(Line(name, r.tally.cases, out, lse, r.seconds, r.verdict))
+            lines.append(Line(name, r.judged, out, lse if self.has_lse else None, r.seconds, r.verdict))
         lines += [Line(n, 0, None, None, 0.0, f"not offered: {self.not_offered[n]}") for n in self.not_owed]
         seconds = time.monotonic() - self.began
         if lines:
@@ -418,8 +429,12 @@ class Verification:
         self._report_regions()
         cases = sum(line.cases for line in lines)
         failing = [name for name, r in self.results.items() if r.failure is not None]
-        verdict = f"{len(failing)} of {len(self.results)} laws fail" if failing else "all laws hold"
-        verdict = verdict if self.results else "no law that was asked for is owed"
+        judged = sum(r.verdict != "not offered" for r in self.results.values())
+        verdict = f"{len(failing)} of {judged} laws fail" if failing else "all laws hold"
+        if judged < len(lines):
+            verdict += f" of the {judged} that can be judged" * (not failing)
+            verdict += f", {len(lines) - judged} are not offered"
+        verdict = verdict if judged else "no law that was asked for is owed"
         verdict += "; the pooled errors are not rounding noise" * self.noisy
         if any(r["verdict"] not in ("holds", "not offered") for r in self.regressions):
             verdict += "; a regression is back"
@@ -479,7 +494,7 @@ class Verification:
                     "law": name,
                     "cases": r.tally.cases,
                     "calls": r.tally.calls,
-                    "unsupported": r.tally.unsupported,
+                    "not_offered": dict(r.tally.not_offered),
                     "worst_out": r.tally.worst.out,
                     "worst_lse": r.tally.worst.lse,
                     "seconds": round(r.seconds, 3),

@@ -41,12 +41,14 @@ class Ready:
     Attributes:
         laws: sentence of each law that the subject owes.
         not_offered: what the subject lacks for each of the others.
+        has_lse: whether it returns log-sum-exps.
     """
 
     device: str = ""
     description: str = ""
     laws: dict[str, str] = field(default_factory=dict)
     not_offered: dict[str, str] = field(default_factory=dict)
+    has_lse: bool = True
     error: str = ""
 
 
@@ -110,7 +112,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
         return
     journal = Journal(Path(setup.journal))
     sentences = {name: law.sentence for name, law in found.items()}
-    connection.send(Ready(chosen, device.describe(chosen), sentences, not_offered))
+    connection.send(Ready(chosen, device.describe(chosen), sentences, not_offered, subject.capabilities.lse))
     while True:
         task: Task = connection.recv()
         match task:

@@ -13,6 +13,7 @@ import torch
 
 from properties import subjects
 from properties.assertions import LawViolation
+from properties.capabilities import Capabilities, NotOffered
 from properties.case import Case, Row, Step
 from properties.checking import check
 from properties.guards import GUARD_ELEMENTS, Guarded, bits_of, poison, tensor_of, torch_dtype
@@ -61,11 +62,11 @@ def test_the_plain_function_is_checked_too() -> None:
     assert check(case, NAIVE).out > 0
 
 
-def test_a_subject_without_the_plain_function_is_not_run_on_it() -> None:
-    made = run(Case(rows=(Row(5, (3,)),), op="attention"), replace(NAIVE, attention=None))
+def test_a_subject_is_not_run_on_what_it_does_not_offer() -> None:
+    only_cached = replace(NAIVE, attention=None, capabilities=Capabilities(ops=("attention_with_kv_cache",)))
 
-    assert not made.supported
-    assert made.steps == []
+    with pytest.raises(NotOffered, match="op attention"):
+        run(Case(rows=(Row(5, (3,)),), op="attention"), only_cached)
 
 
 def wrong(change: Callable[..., Any]) -> Subject:

@@ -124,7 +124,7 @@ def test_bad_usage_is_exit_2_before_anything_starts(
     ("arguments", "words"),
     [
         (["--law", "no_such_law"], "--law must name a law, got 'no_such_law'"),
-        (["--subject", "os"], "--subject must be flashcore or package.module:function, got 'os'"),
+        (["--subject", "os"], "--subject must be package.module:name or one of flashcore, "),
         (["--subject", "no_such_module:f"], "--subject no_such_module:f cannot be imported"),
         (["--subject", "properties.case:no_such"], "properties.case has no no_such"),
     ],

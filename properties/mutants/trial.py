@@ -113,7 +113,7 @@ class Original:
             answer = ask(self._worker, Check(law, case), self._case_seconds)
         if isinstance(answer, Death):
             return answer.how
-        return None if answer.value is None else answer.value.report
+        return answer.value.report if isinstance(answer.value, Failure) else None
 
     def baselines(self) -> dict[str, bool]:
         """Which baselines fail: none should."""
@@ -229,7 +229,7 @@ def _siblings(worker: Worker, laws: Sequence[str], failure: Failure, case_second
     for name in laws:
         if name != failure.law and time.monotonic() < deadline:
             answer = ask(worker, Check(name, failure.case), case_seconds)
-            if isinstance(answer, Death) or answer.value is not None:
+            if isinstance(answer, Death) or isinstance(answer.value, Failure):
                 seen.append(name)
     return tuple(seen)
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from properties import capabilities
+from properties.capabilities import Capabilities
 from properties.case import DTYPES, FAMILIES, OPS, Case, Patch, Row, Step
 from properties.schedule import Outline, outline
+from properties.strategies.admitted import nearest_head_dim, offered_of, plain_rows_of, rows_of, sizes_of, steps_of
 from properties.strategies.choices import Draw, choose, rarely
 from properties.strategies.schedules import Units, draw_exchanges, draw_rows, draw_steps, rows_from
 from properties.strategies.sizes import Size, chosen_size
@@ -57,7 +60,7 @@ def cases(
     overflow: bool = True,
     non_finite: bool = False,
 ) -> Case:
-    """Draw a case; every example is valid, none is rejected.
+    """Draw a case within what the kernel under test offers; every example is valid, none is rejected.
 
     Args:
         draw: given by Hypothesis.
@@ -71,14 +74,20 @@ def cases(
         runs: how often the law runs a case of this size: cases get as much smaller.
         overflow: whether calls may have to raise for want of slots.
         non_finite: whether to set one or two elements of key or value to NaN or an infinity.
+
+    Raises:
+        NotOffered: the kernel offers nothing of what the law asks for.
     """
-    limits = _at_least(chosen_size(size), min_group, min_kv_heads)
+    offers = capabilities.current()
+    ops, dtypes = offered_of(ops, offers.ops, "op"), offered_of(dtypes, offers.dtypes, "dtype")
+    causal = offered_of(causal, offers.masks, "is_causal")
+    limits = sizes_of(_at_least(chosen_size(size), min_group, min_kv_heads), offers)
     limits = replace(limits, max_tiles=max(LEAST_TILES, limits.max_tiles // runs))
     op = choose(draw, "op", (ops[0],) * (6 - len(ops)) + tuple(ops[1:])) if len(ops) > 1 else ops[0]
     plain = op == "attention"
-    steps = draw_steps(draw, min(limits.max_steps, max_steps or limits.max_steps), min_steps)
+    steps = steps_of(draw_steps(draw, min(limits.max_steps, max_steps or limits.max_steps), min_steps), offers)
     drafts = draw_rows(draw, limits, min_rows)
-    if rarely(draw, "no rows", 30) and not (min_rows or several_splits):
+    if rarely(draw, "no rows", 30) and not (min_rows or several_splits) and offers.empty:
         drafts = []
     exchanges = draw_exchanges(draw, len(drafts), len(steps))
     nothing_cached = rarely(draw, "nothing cached", 4)
@@ -110,25 +119,31 @@ def cases(
     elif nothing_cached:
         rows = tuple(replace(row, cached=0) for row in rows)
 
+    rows = rows_of(rows, offers)
     fewest = max(min_steps, STEADY_STEPS) if steady else min_steps
     least = (1 if plain else fewest, max(min_rows, 1), several_splits or bool(long_row))
     schedule = _Schedule(op, rows, steps, block_m, block_n).within(limits.max_tiles, *least)
     if steady and fills_split and kv_split_size and schedule.rows:
         missing = -max(row.cached + row.new[0] for row in schedule.rows) % kv_split_size
-        rows = tuple(replace(row, cached=row.cached + missing) for row in schedule.rows)
+        rows = rows_of(tuple(replace(row, cached=row.cached + missing) for row in schedule.rows), offers)
         schedule = _Schedule(op, rows, schedule.steps, block_m, block_n)
     fields: Fields = {"op": op, "rows": schedule.rows, "steps": schedule.steps}
-    fields |= {"block_m": block_m, "block_n": block_n, "kv_split_size": kv_split_size}
-    fields |= _dimensions(draw, schedule, limits)
+    if offers.tiles:
+        fields |= {"block_m": block_m, "block_n": block_n, "kv_split_size": kv_split_size}
+    fields |= _dimensions(draw, schedule, limits, offers)
     fields |= {
         "dtype": choose(draw, "dtype", tuple(dtypes)),
         "is_causal": choose(draw, "causal", tuple(causal)),
     }
-    fields |= _slots(draw, schedule, overflow)
-    fields |= _layouts(draw, fields)
+    if plain:
+        fields["rows"] = plain_rows_of(fields["rows"], fields["is_causal"], offers)
+    fields |= _slots(draw, schedule, overflow and offers.overflow, offers)
+    fields |= _layouts(draw, fields, offers)
     if steady:
         fields |= _as_they_lie(fields)
     fields |= numbers(draw, tuple(families))
+    if not offers.scale_is_offered(fields["scale"]):
+        fields["scale"] = None
     if non_finite and schedule.rows:
         fields |= {"patches": _patches(draw, fields)}
     return Case(**fields)
@@ -205,7 +220,7 @@ def _largest_within(options: Sequence[int], chosen: int, fits: Any) -> int:
     return next((n for n in reversed(options[: options.index(chosen) + 1]) if fits(n)), options[0])
 
 
-def _dimensions(draw: Draw, schedule: _Schedule, limits: Size) -> Fields:
+def _dimensions(draw: Draw, schedule: _Schedule, limits: Size, offers: Capabilities) -> Fields:
     """Heads and head_dim: as many as the schedule leaves room for, the smallest always."""
     num_kv_heads = _largest_within(
         limits.kv_heads,
@@ -219,10 +234,12 @@ def _dimensions(draw: Draw, schedule: _Schedule, limits: Size) -> Fields:
     )
     room = limits.max_elements // max(1, schedule.tokens() * num_kv_heads * (group_size + 2))
     head_dim = min(choose(draw, "head_dim", _HEAD_DIMS), max(16, room))
+    if head_dim not in offers.head_dims:
+        head_dim = nearest_head_dim(head_dim, offers)
     return {"num_kv_heads": num_kv_heads, "group_size": group_size, "head_dim": head_dim}
 
 
-def _slots(draw: Draw, schedule: _Schedule, overflow: bool) -> Fields:
+def _slots(draw: Draw, schedule: _Schedule, overflow: bool, offers: Capabilities) -> Fields:
     """How the cache is given, and how many slots: enough, or one more or less than some row needs."""
     start = choose(draw, "start", ("empty", "tuple", "kv_cache"))
     given = _slot_count(draw, "capacity", schedule)
@@ -235,6 +252,8 @@ def _slots(draw: Draw, schedule: _Schedule, overflow: bool) -> Fields:
         start = "tuple"
     # Below what is cached already, even a call that brings no token would have to be refused.
     least = max(1, schedule.longest)
+    if not offers.growth:
+        given = max(given, _needs(schedule)[0])
     capacity = max(least, given) if start != "empty" else 0
     roomy = max(least, _needs(schedule)[0], capacity) + spare
     return {
@@ -258,11 +277,12 @@ def _slot_count(draw: Draw, name: str, schedule: _Schedule) -> int:
     return needs[which % len(needs)] + beyond
 
 
-def _layouts(draw: Draw, fields: Fields) -> Fields:
+def _layouts(draw: Draw, fields: Fields, offers: Capabilities) -> Fields:
     """How each tensor group lies in memory; expanded heads hold the same numbers."""
     query = choose(draw, "query_layout", _LAYOUTS)
     key = choose(draw, "key_layout", (*_LAYOUTS, "expanded_heads"))
     cache = choose(draw, "cache_layout", _LAYOUTS)
+    query, key, cache = (layout if layout in offers.layouts else "contiguous" for layout in (query, key, cache))
     return {
         "query_layout": query,
         "key_layout": key,

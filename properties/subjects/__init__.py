@@ -1,6 +1,7 @@
-"""What is put under test: flashcore, and any other function that follows the contract.
+"""What is put under test: flashcore, the adapters of ``ADAPTERS``, and any other function or adapter.
 
-A subject is named by its specification: "flashcore", or "package.module:function" for somebody else's kernel.
+A subject is named by its specification: "flashcore", the name of an adapter, or "package.module:name" for somebody
+else's function with the signature of the contract, or class derived from ``properties.subjects.adapter.Adapter``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
+from properties import capabilities
+from properties.capabilities import EVERYTHING, Capabilities
 from properties.case import Case
 from properties.needs import Need
 from references.arithmetic_model import PERMISSIVE, ArithmeticModel
@@ -21,6 +24,13 @@ from references.tiling import Tiles, tiling
 
 DEFAULT = "flashcore"
 VARIABLE = "PROPERTIES_SUBJECT"
+
+# Adapters by the name their class has; nothing is imported before it is asked for.
+ADAPTERS = {
+    "torch-sdpa": "properties.subjects.torch_sdpa:TorchSDPA",
+    "torch-sdpa-math": "properties.subjects.torch_sdpa:Math",
+    "torch-sdpa-flash": "properties.subjects.torch_sdpa:Flash",
+}
 
 
 class SubjectError(ValueError):
@@ -42,7 +52,8 @@ def _unknown_tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     return tiling(cached, new, block_n, case.kv_split_size or block_n)
 
 
-def _permissive(device: str) -> ArithmeticModel:
+def permissive(device: str) -> ArithmeticModel:
+    """The arithmetic of a kernel of which nothing is known."""
     del device
     return PERMISSIVE
 
@@ -64,6 +75,7 @@ class Subject:
         slow: whether it gets small cases on a GPU too.
         paths: contexts that force one of its kernels each, by name; on a correct one they agree.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).
+        capabilities: what it offers.
     """
 
     spec: str
@@ -74,14 +86,15 @@ class Subject:
     allocators: tuple[ModuleType, ...] = ()
     forced: Callable[[Case], AbstractContextManager[Any]] = _unforced
     tiles: Callable[[Case, int, int, int], Tiles] = _unknown_tiles
-    model: Callable[[str], ArithmeticModel] = _permissive
+    model: Callable[[str], ArithmeticModel] = permissive
     slow: bool = False
     paths: Mapping[str, Callable[[Case], AbstractContextManager[Any]]] = field(default_factory=dict)
     is_disturbed: bool = False
+    capabilities: Capabilities = EVERYTHING
 
     def meets(self, need: Need, device: str) -> bool:
-        """Whether a law that asks for this is owed: all of the contract is, bits of unknown arithmetic are not."""
-        return need != "declared arithmetic" or self.model(device) != PERMISSIVE
+        """Whether a law that asks for this is owed: what it offers is, bits of unknown arithmetic are not."""
+        return self.capabilities.meets(need) and (need != "declared arithmetic" or self.model(device) != PERMISSIVE)
 
 
 def load(spec: str) -> Subject:
@@ -96,28 +109,60 @@ def load(spec: str) -> Subject:
         except ImportError as error:
             raise SubjectError(f"--subject flashcore cannot be imported: {_one_line(error)}") from error
         return subject()
-    module_name, colon, function = spec.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), function]):
-        raise SubjectError(f"--subject must be flashcore or package.module:function, got {spec!r}")
+    found = find(spec)
+    if isinstance(found, type):
+        return _adapted(found, spec)
+    module = importlib.import_module(ADAPTERS.get(spec, spec).partition(":")[0])
+    attention = getattr(module, "attention", None)
+    offered = getattr(module, "CAPABILITIES", Capabilities())
+    if not callable(attention) and "attention" in offered.ops:
+        offered = replace(offered, ops=("attention_with_kv_cache",))
+    return Subject(
+        spec=spec,
+        attention_with_kv_cache=found,
+        attention=attention if callable(attention) else None,
+        make_cache=getattr(module, "KVCache", None),
+        overflow_error=getattr(module, "CacheOverflowError", RuntimeError),
+        allocators=(module,) if callable(getattr(module, "empty", None)) else (),
+        slow=getattr(module, "SLOW", False) is True,
+        capabilities=offered,
+    )
+
+
+def find(spec: str) -> Any:
+    """The function or class of a specification other than the default.
+
+    Raises:
+        SubjectError: there is none. One line.
+    """
+    module_name, colon, name = ADAPTERS.get(spec, spec).partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        known = ", ".join([DEFAULT, *ADAPTERS])
+        raise SubjectError(f"--subject must be package.module:name or one of {known}, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever somebody else's module raises, the user gets one line
         raise SubjectError(
             f"--subject {spec} cannot be imported: {type(error).__name__}: {_one_line(error)}"
         ) from error
-    call = getattr(module, function, None)
-    if not callable(call):
-        raise SubjectError(f"--subject must name a function, got {spec!r}, and {module_name} has no {function}")
-    attention = getattr(module, "attention", None)
-    return Subject(
-        spec=spec,
-        attention_with_kv_cache=call,
-        attention=attention if callable(attention) else None,
-        make_cache=getattr(module, "KVCache", None),
-        overflow_error=getattr(module, "CacheOverflowError", RuntimeError),
-        allocators=(module,) if callable(getattr(module, "empty", None)) else (),
-        slow=getattr(module, "SLOW", False) is True,
-    )
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise SubjectError(f"--subject must name a function or a class, got {spec!r}, and {module_name} has no {name}")
+    return found
+
+
+def _adapted(kind: type, spec: str) -> Subject:
+    from properties.subjects.adapter import Adapter, as_subject
+
+    if not issubclass(kind, Adapter):
+        raise SubjectError(f"--subject must name a function or an Adapter, got the class {spec}")
+    missing = kind.missing()
+    if missing:
+        raise SubjectError(f"--subject {spec} needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
+    try:
+        return as_subject(kind(), spec)
+    except Exception as error:  # whatever somebody else's package raises, the user gets one line
+        raise SubjectError(f"--subject {spec} cannot be used: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def forced_to(subject: Subject, forced: Callable[[Case], AbstractContextManager[Any]]) -> Subject:
@@ -136,6 +181,7 @@ def activate(spec: str) -> Subject:
     """Make a subject the one that laws are run on, in this process and those it starts."""
     subject = _loaded.setdefault(spec, load(spec)) if spec not in _loaded else _loaded[spec]
     os.environ[VARIABLE] = spec
+    capabilities.use(subject.capabilities)
     return subject
 
 
