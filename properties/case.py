@@ -45,7 +45,7 @@ GENERATOR_VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
 OPS = ("attention_with_kv_cache", "attention")
 STARTS = ("empty", "tuple", "kv_cache")
-LAYOUTS = ("contiguous", "transposed", "gapped", "expanded_heads")
+LAYOUTS = ("contiguous", "transposed", "padded", "gapped", "expanded_heads")
 TENSORS = ("query", "key", "value")
 TILES = (16, 32, 64, 128, 256)
 # Simple to complex, the order in which a failure tries them; `properties.values` says what each is for.
@@ -225,9 +225,9 @@ class Case(_ShortRepr):
     start: Literal["empty", "tuple", "kv_cache"] = "empty"
     capacity: int = 0
     cache_max_len: int = 4096
-    query_layout: Literal["contiguous", "transposed", "gapped", "expanded_heads"] = "contiguous"
-    key_layout: Literal["contiguous", "transposed", "gapped", "expanded_heads"] = "contiguous"
-    cache_layout: Literal["contiguous", "transposed", "gapped", "expanded_heads"] = "contiguous"
+    query_layout: Literal["contiguous", "transposed", "padded", "gapped", "expanded_heads"] = "contiguous"
+    key_layout: Literal["contiguous", "transposed", "padded", "gapped", "expanded_heads"] = "contiguous"
+    cache_layout: Literal["contiguous", "transposed", "padded", "gapped", "expanded_heads"] = "contiguous"
     block_m: int | None = None
     block_n: int | None = None
     kv_split_size: int | None = None

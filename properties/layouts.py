@@ -16,6 +16,8 @@ def strides(shape: Sequence[int], layout: str, *, of_values: bool = False) -> tu
         shape: [batch, heads, tokens, head_dim]
         layout: "contiguous".
             "transposed": memory is [batch, tokens, heads, head_dim], as a projection leaves it.
+            "padded": after each token 8 elements are left out, 16 of a value tensor: what lies past head_dim is not the
+            next token. With a head_dim that is a multiple of 8 every vector of a head is aligned.
             "gapped": every second element, and after each token, head and batch row an element, a token and a
                 head left out; a token's stride is odd, so hardly anything is aligned.
             "expanded_heads": one head's memory for all heads (stride 0); never written.
@@ -26,6 +28,9 @@ def strides(shape: Sequence[int], layout: str, *, of_values: bool = False) -> tu
     _, heads, tokens, head_dim = shape
     if layout == "contiguous":
         return (heads * tokens * head_dim, tokens * head_dim, head_dim, 1)
+    if layout == "padded":
+        token = head_dim + (16 if of_values else 8)
+        return (heads * tokens * token, tokens * token, token, 1)
     if layout == "transposed" and of_values:
         token = heads * head_dim + 8
         return (tokens * token, head_dim, token, 1)

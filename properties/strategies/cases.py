@@ -31,7 +31,7 @@ _OWN_SCALE = ("negative_logits", "large_logits", "score_range", "one_hot")
 _WITH_GAIN = ("normal", "near_ties", "constant_values")
 _GAINS = (0, 0, 0, 1, -3, 3, 6)
 _SPARE = (0, 1, 16, 40)
-_LAYOUTS = ("contiguous", "contiguous", "transposed", "gapped")
+_LAYOUTS = ("contiguous", "contiguous", "transposed", "padded", "gapped")
 _NON_FINITE = ("nan", "inf", "-inf")
 # Keys of a row that is long enough to be split by a kernel that nobody told how, and of one a little longer.
 LONG_ROWS = (513, 512, 640)
@@ -233,7 +233,9 @@ def _dimensions(draw: Draw, schedule: _Schedule, limits: Size, offers: Capabilit
         lambda g: num_kv_heads * schedule.tiles(g) <= limits.max_tiles,
     )
     room = limits.max_elements // max(1, schedule.tokens() * num_kv_heads * (group_size + 2))
-    head_dim = min(choose(draw, "head_dim", _HEAD_DIMS), max(16, room))
+    head_dim = choose(draw, "head_dim", _HEAD_DIMS)
+    if head_dim > room:  # cut to a multiple of 16, which kernels read as it lies
+        head_dim = min(head_dim, max(16, room // 16 * 16))
     if head_dim not in offers.head_dims:
         head_dim = nearest_head_dim(head_dim, offers)
     return {"num_kv_heads": num_kv_heads, "group_size": group_size, "head_dim": head_dim}
@@ -294,7 +296,7 @@ def _layouts(draw: Draw, fields: Fields, offers: Capabilities) -> Fields:
 def _as_they_lie(fields: Fields) -> Fields:
     """Sizes and layouts that nobody has to copy: calls alike may then be one launch, repeated with other pointers."""
     layouts = {name: fields[name] for name in ("query_layout", "key_layout", "cache_layout")}
-    changed = {name: "contiguous" if layout == "gapped" else layout for name, layout in layouts.items()}
+    changed = {name: "padded" if layout == "gapped" else layout for name, layout in layouts.items()}
     return {**changed, "head_dim": 8 * math.ceil(fields["head_dim"] / 8)}
 
 

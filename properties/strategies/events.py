@@ -59,6 +59,7 @@ SHAPES = (
     "head_dim 1",
     "head_dim a power of two",
     "head_dim padded",
+    "head_dim padded and a multiple of 8",
     "head_dim odd",
     "head_dim above 128",
 )
@@ -159,6 +160,8 @@ def _of_shape(case: Case, calls: list[Outline]) -> Iterator[str]:
     if d == 1:
         yield "head_dim 1"
     yield "head_dim padded" if d & (d - 1) else "head_dim a power of two"
+    if d & (d - 1) and d % 8 == 0:
+        yield "head_dim padded and a multiple of 8"
     if d % 2:
         yield "head_dim odd"
     if d > 128:
