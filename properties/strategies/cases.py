@@ -140,7 +140,7 @@ def cases(
     fields |= _slots(draw, schedule, overflow and offers.overflow, offers)
     fields |= _layouts(draw, fields, offers)
     if steady:
-        fields |= _as_they_lie(fields)
+        fields |= _as_they_lie(fields, offers)
     fields |= numbers(draw, tuple(families))
     if not offers.scale_is_offered(fields["scale"]):
         fields["scale"] = None
@@ -293,11 +293,13 @@ def _layouts(draw: Draw, fields: Fields, offers: Capabilities) -> Fields:
     }
 
 
-def _as_they_lie(fields: Fields) -> Fields:
+def _as_they_lie(fields: Fields, offers: Capabilities) -> Fields:
     """Sizes and layouts that nobody has to copy: calls alike may then be one launch, repeated with other pointers."""
     layouts = {name: fields[name] for name in ("query_layout", "key_layout", "cache_layout")}
-    changed = {name: "padded" if layout == "gapped" else layout for name, layout in layouts.items()}
-    return {**changed, "head_dim": 8 * math.ceil(fields["head_dim"] / 8)}
+    aligned = "padded" if "padded" in offers.layouts else "contiguous"
+    changed = {name: aligned if layout == "gapped" else layout for name, layout in layouts.items()}
+    head_dim = 8 * math.ceil(fields["head_dim"] / 8)
+    return {**changed, "head_dim": head_dim if head_dim in offers.head_dims else fields["head_dim"]}
 
 
 def numbers(draw: Draw, families: tuple[str, ...]) -> Fields:
