@@ -88,7 +88,7 @@ class KVCache(tuple[Tensor, Tensor]):
     def arrival_counters(self, count: int) -> Tensor:
         """At least ``count`` int32 counters for the split-KV kernel, zero before and after every launch."""
         if self._arrivals is None or self._arrivals.numel() < count:
-            counters = torch.zeros(count, dtype=torch.int32, device=self[0].device)
+            counters = buffers.empty([count], torch.int32, self[0].device).zero_()
             if counters.is_cuda and torch.cuda.is_current_stream_capturing():
                 return counters  # zeroed by the graph at each replay, not yet now
             self._arrivals = counters

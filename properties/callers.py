@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,45 @@ def far_apart(subject: Subject, axis: int) -> Subject:
         return far
 
     return _wrapped(subject, wrap)
+
+
+def before_inaccessible_memory(subject: Subject) -> Subject:
+    """Every tensor ends where memory begins that may not be read: whoever reads past its end dies of it.
+
+    The caller's cache is left alone; the one returned lies in that memory. On a GPU, where compute-sanitizer
+    watches, nothing is different.
+    """
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_cuda or not tensor.numel():
+            return tensor
+        return _ending_at_a_page(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def wrap(function: Function) -> Function:
+        def walled(*tensors: Any, **options: Any) -> Any:
+            past = options.get("past_key_value")
+            if past is not None:
+                options["past_key_value"] = tuple(moved(buffer) for buffer in past)
+                options.setdefault("seq_lens", getattr(past, "seq_lens", None))
+            for name in ("seq_lens", "new_lens"):
+                if name in options:
+                    options[name] = moved(options[name])
+            return function(*(moved(tensor) for tensor in tensors), **options)
+
+        return walled
+
+    return _wrapped(subject, wrap)
+
+
+def _ending_at_a_page(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """That many elements of which the last one ends before a page that may be neither read nor written."""
+    size = count * dtype.itemsize
+    readable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, readable + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + readable
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0):  # PROT_NONE
+        raise OSError(ctypes.get_errno(), "mprotect")
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=readable - size)
 
 
 def on_a_side_stream(subject: Subject) -> Subject:

@@ -13,6 +13,7 @@ Need = Literal[
     "cache in place",
     "overflow",
     "refusals",
+    "checked arguments",
     "empty rows",
     "NaN in unread memory",
     "visible NaN",
@@ -30,6 +31,7 @@ tiles: it takes ``block_m``, ``block_n`` and a forced split size.
 cache: it keeps the tokens of earlier calls; in place: in the buffers it is given.
 overflow: it refuses a row that would pass ``cache_max_len``.
 refusals: it raises where an argument is missing that cannot be guessed.
+checked arguments: it raises for every malformed argument before it writes anything.
 empty rows: a query that sees no key gives 0 and -inf.
 NaN in unread memory: it may lie there.
 visible NaN: it reaches exactly the outputs that see it.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,27 +16,49 @@ from properties.assertions import LawViolation, describe
 from properties.case import Case
 from properties.subjects import Subject
 
+KINDS = ("scale", "mask", "tile", "lse", "query", "key", "value", "plan")
 
-def among_others(subject: Subject, *, layout: bool) -> Subject:
-    """Every call comes between two on the same cache that differ from it in one thing.
+
+def among_others(subject: Subject, case: Case) -> Subject:
+    """Every call comes between two on the same cache that differ from it in one thing: another thing for every call.
 
     What those store in the new slots are the same bits.
-
-    Args:
-        subject: the kernel.
-        layout: they differ in how the query lies in memory; else in scale and mask.
     """
     function = subject.attention_with_kv_cache
+    plans = list(subject.paths.values())
+    calls = itertools.count(case.seed)
 
-    def call(query: torch.Tensor, *tensors: Any, **options: Any) -> Any:
-        like = query.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3) if layout else query
-        other = options if layout else {**options, "scale": 0.75, "is_causal": not options["is_causal"]}
-        function(like, *tensors, **other)
-        result = function(query, *tensors, **options)
-        function(like, *tensors, **other)
+    def call(*tensors: Any, **options: Any) -> Any:
+        turn = next(calls)
+        kind, like, other = KINDS[turn % len(KINDS)], list(tensors), dict(options)
+        forced: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        match kind:
+            case "scale":
+                other["scale"] = 0.75
+            case "mask":
+                other["is_causal"] = not options["is_causal"]
+            case "tile":
+                other["block_n"] = 16 if options.get("block_n") != 16 else 32
+            case "lse":
+                other["return_lse"] = not options["return_lse"]
+            case "plan":
+                forced = partial(plans[turn // len(KINDS) % len(plans)], case) if plans else forced
+            case _:
+                position = ("query", "key", "value").index(kind)
+                like[position] = _gapped(tensors[position])
+        with forced():
+            function(*like, **other)
+        result = function(*tensors, **options)
+        with forced():
+            function(*like, **other)
         return result
 
     return replace(subject, attention_with_kv_cache=call, is_disturbed=True)
+
+
+def _gapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with the tokens twice as far apart."""
+    return torch.cat([tensor, tensor], dim=3)[..., : tensor.shape[3]]
 
 
 def without_lengths(subject: Subject, case: Case) -> Subject:

@@ -251,7 +251,6 @@ class _Session:
 
         before = {id(buffer): buffer.snapshot() for buffer in (*self.buffers, *inputs.values())}
         old_buffers = list(self.buffers)
-        self.allocated = [a for a in self.allocated if a in self.buffers]
         self.stored = None
         lengths = [(cache, cache.lengths()) for cache in self.caches if cache is not None]
         try:

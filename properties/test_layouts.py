@@ -38,3 +38,14 @@ def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
 
     assert_same_outputs(far.outputs, run(case).outputs, "tensors that span 2**31 elements and dense ones")
     assert_no_findings(far, ["append", "lengths", "inputs"])
+
+
+@asks("cache", "bits across layouts")
+@given(case=cases(max_steps=1, min_rows=1, runs=2))
+def test_nothing_past_the_end_of_a_tensor_is_read(case: Case) -> None:
+    """Not even what is thrown away: rows and columns of the last tile, tokens of the last slot."""
+    case = contiguous(one_call(case))
+    walled = run(case, callers.before_inaccessible_memory(subjects.active()))
+
+    assert_same_outputs(walled.outputs, run(case).outputs, "tensors at the end of memory and elsewhere")
+    assert_no_findings(walled, ["append", "lengths", "inputs"])

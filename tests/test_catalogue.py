@@ -65,8 +65,9 @@ def test_only_declared_needs_excuse_a_law() -> None:
     unknown, known = subjects.load("properties.subjects.naive:attention_with_kv_cache"), subjects.load("flashcore")
     owed, not_offered = laws.owed(LAWS, lambda need: unknown.meets(need, "cpu"))
 
-    assert set(not_offered) == {name for name, law in LAWS.items() if "declared arithmetic" in law.asks}
-    assert set(not_offered.values()) == {"declared arithmetic"}
+    declared = {"declared arithmetic", "checked arguments"}
+    assert set(not_offered) == {name for name, law in LAWS.items() if law.asks & declared}
+    assert set(not_offered.values()) == declared
     assert {*owed, *not_offered} == set(LAWS)
     assert laws.owed(LAWS, lambda need: known.meets(need, "cpu")) == (LAWS, {})
 

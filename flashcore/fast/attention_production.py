@@ -498,7 +498,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         "MASK_D": plan.block_d != head_dim,
         "WIDE": any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:]),
         # A single query sees every new key: no diagonal.
-        "CAUSAL": problem.is_causal and (q_len > 1 or problem.causal_offset < 0),
+        "CAUSAL": problem.is_causal and q_len > 1,
         "APPEND": problem.seq_lens_out is not None,
         "HAS_SEQ_LENS": problem.seq_lens is not None,
         "HAS_NEW_LENS": problem.new_lens is not None,
@@ -592,5 +592,5 @@ def _arrival_counters(problem: _Problem, count: int) -> Tensor:
     the same slots. Read-only calls may run at once on several streams, so each gets fresh ones.
     """
     if problem.seq_lens_out is None or problem.owner is None:
-        return torch.zeros(count, dtype=torch.int32, device=problem.query.device)
+        return buffers.empty([count], torch.int32, problem.query.device).zero_()
     return problem.owner.arrival_counters(count)

@@ -90,7 +90,7 @@ MUTANTS = (
         "MASK",
         "two queries at once are not masked",
         "q_len == 2, causal",
-        (Edit(WRAPPER, "problem.is_causal and (q_len > 1 or", "problem.is_causal and (q_len > 2 or"),),
+        (Edit(WRAPPER, "problem.is_causal and q_len > 1", "problem.is_causal and q_len > 2"),),
         VALUES,
     ),
     Mutant(

@@ -10,7 +10,7 @@ from typing import Any
 
 from properties.case import Case
 from properties.mutants.mutant import Mutant, edited
-from properties.mutants.trial import Verdict
+from properties.mutants.trial import KILLED, SURVIVED, Verdict
 
 
 def digest(mutant: Mutant) -> str:
@@ -64,7 +64,9 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def known(path: Path | None, mutants: list[Mutant], wanted: dict[str, Any]) -> dict[str, Verdict]:
-    """The verdicts of a file that still hold, by id: of the same mutated text, by a run like the one wanted.
+    """The verdicts of a file that still hold, by id: as they should be, on the same text, by a run like the one wanted.
+
+    A fault that survived is tried again: the laws may have become stronger.
 
     Args:
         path: of the file; nothing is known if there is none.
@@ -76,5 +78,11 @@ def known(path: Path | None, mutants: list[Mutant], wanted: dict[str, Any]) -> d
     result = json.loads(path.read_text())
     if any(result[name] != value for name, value in wanted.items()):
         return {}
-    old = {record["id"]: record for record in result["mutants"]}
-    return {m.id: from_record(old[m.id], m) for m in mutants if m.id in old and old[m.id]["digest"] == digest(m)}
+    records = {record["id"]: record for record in result["mutants"]}
+    return {
+        m.id: from_record(old, m)
+        for m in mutants
+        if (old := records.get(m.id)) is not None
+        and old["digest"] == digest(m)
+        and old["outcome"] == (SURVIVED if m.neutral else KILLED)
+    }

@@ -74,6 +74,7 @@ class Subject:
         model: its arithmetic on "cpu" or "cuda".
         slow: whether it gets small cases on a GPU too.
         paths: contexts that force one of its kernels each, by name; on a correct one they agree.
+        checks_arguments: it refuses every malformed argument.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).
         capabilities: what it offers.
     """
@@ -89,12 +90,19 @@ class Subject:
     model: Callable[[str], ArithmeticModel] = permissive
     slow: bool = False
     paths: Mapping[str, Callable[[Case], AbstractContextManager[Any]]] = field(default_factory=dict)
+    checks_arguments: bool = False
     is_disturbed: bool = False
     capabilities: Capabilities = EVERYTHING
 
     def meets(self, need: Need, device: str) -> bool:
-        """Whether a law that asks for this is owed: what it offers is, bits of unknown arithmetic are not."""
-        return self.capabilities.meets(need) and (need != "declared arithmetic" or self.model(device) != PERMISSIVE)
+        """Whether a law that asks for this is owed: what it offers is, but what has to be declared."""
+        match need:
+            case "declared arithmetic":
+                return self.model(device) != PERMISSIVE
+            case "checked arguments":
+                return self.checks_arguments
+            case _:
+                return self.capabilities.meets(need)
 
 
 def load(spec: str) -> Subject:

@@ -73,6 +73,7 @@ def subject() -> Subject:
         forced=forced,
         tiles=tiles,
         model=model,
+        checks_arguments=True,
         paths={
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),

@@ -1,0 +1,170 @@
+"""Repeated launches: what must be part of the key, what must be looked at every time, what may not be kept."""
+
+from __future__ import annotations
+
+from properties.mutants.mutant import CACHE, RELAUNCH, TUNING, WRAPPER, Edit, Mutant
+
+OTHERS = ("other_options",)
+REFUSED = ("whatever_was_called_before",)
+STEPS = ("within_the_error_budget", "append_stores")
+
+_OPTIONS = "(cache_max_len, block_m, block_n, scale, is_causal, num_query_heads, num_kv_heads, return_lse)"
+
+
+def _without_option(id_: str, name: str, laws: tuple[str, ...]) -> Mutant:
+    """``name`` does not tell one call from another."""
+    kept = [option for option in _OPTIONS.strip("()").split(", ") if option != name]
+    return Mutant(
+        id_,
+        "STATE",
+        f"calls that differ in {name} alone count as the same call",
+        "one KVCache, two calls",
+        (Edit(WRAPPER, f"options = {_OPTIONS}", f"options = ({', '.join(kept)})"),),
+        laws,
+    )
+
+
+def _without_field(id_: str, anchor: str, kept: str, what: str, laws: tuple[str, ...]) -> Mutant:
+    """A property of a tensor does not tell one call from another."""
+    change = f"calls that differ in {what} alone count as the same call"
+    return Mutant(id_, "STATE", change, "one KVCache, two calls", (Edit(RELAUNCH, anchor, kept),), laws)
+
+
+MUTANTS = (
+    _without_option("F200", "scale", OTHERS),
+    _without_option("F201", "is_causal", OTHERS),
+    _without_option("F202", "return_lse", OTHERS),
+    _without_option("F203", "block_n", OTHERS),
+    _without_option("F204", "cache_max_len", REFUSED),
+    _without_option("F205", "num_kv_heads", REFUSED),
+    _without_field("F206", "key.stride(), ", "", "the strides of the key", OTHERS),
+    _without_field("F207", "value.stride(), ", "", "the strides of the value", OTHERS),
+    _without_field("F208", "query.stride(), query.dtype, ", "query.stride(), ", "the dtype of the query", REFUSED),
+    _without_field("F209", "value.shape, ", "", "the shape of the value", REFUSED),
+    _without_field("F210", "options, types,", "options,", "the types of options", REFUSED),
+    _without_field("F211", "tuning.generation(), ", "", "a forced plan", OTHERS),
+    Mutant(
+        "F212",
+        "STATE",
+        "an input that requires grad is let through by a repeated launch",
+        "one KVCache, a call like the one before",
+        (Edit(RELAUNCH, "query.requires_grad or key.requires_grad or value.requires_grad", "past[0].requires_grad"),),
+        REFUSED,
+    ),
+    Mutant(
+        "F213",
+        "STATE",
+        "repeated launches write their lengths to one place",
+        "a fork from a KVCache of a repeated call",
+        (
+            Edit(
+                RELAUNCH,
+                "lens_out = buffers.empty(self.lens_shape, torch.int32, self.device)",
+                'lens_out = self.__dict__.setdefault("kept", buffers.empty(self.lens_shape, torch.int32, self.device))',
+            ),
+        ),
+        ("nothing_else_is_written", *STEPS),
+    ),
+    Mutant(
+        "F214",
+        "STATE",
+        "repeated launches write their outputs to one place",
+        "a KVCache's third decode step",
+        (
+            Edit(
+                RELAUNCH,
+                "out = buffers.empty(self.out_shape, self.dtype, self.device)",
+                'out = self.__dict__.setdefault("kept", buffers.empty(self.out_shape, self.dtype, self.device))',
+            ),
+        ),
+        ("nothing_else_is_written", *STEPS),
+    ),
+    Mutant(
+        "F215",
+        "STATE",
+        "a repeated launch's scratch has room for the splits of the first only",
+        "decode steps across a split's edge",
+        (
+            Edit(
+                RELAUNCH,
+                "plan.num_splits(slot_limit), query",
+                "max(2, plan.num_splits(cache.max_len or 0)), query",
+            ),
+        ),
+        ("nothing_else_is_written", *STEPS),
+    ),
+    Mutant(
+        "F216",
+        "STATE",
+        "a repeated launch counts a chunk as one token",
+        "repeated chunks of several tokens",
+        (Edit(RELAUNCH, "past.appended(lens_out, bound + self.q_len)", "past.appended(lens_out, bound + 1)"),),
+        STEPS,
+    ),
+    Mutant(
+        "F217",
+        "STATE",
+        "a call whose tensors are read through copies is repeated with the copies of the first",
+        "a KVCache of odd head_dim, second decode step",
+        (Edit(WRAPPER, "readable = dataclasses.replace(readable, call=None)", "pass"),),
+        STEPS,
+    ),
+    Mutant(
+        "F218",
+        "STATE",
+        "the limit of a repeated launch is the larger of capacity and cache_max_len",
+        "decode steps past the capacity",
+        (Edit(WRAPPER, "slot_limit=min(capacity, cache_max_len)", "slot_limit=max(capacity, cache_max_len)"),),
+        STEPS,
+    ),
+    Mutant(
+        "F219",
+        "STATE",
+        "the key of a launch is forgotten when a forced plan ends",
+        "calls under a forced plan, then without",
+        (
+            Edit(
+                TUNING,
+                "    finally:\n        _forced = before\n        _generation += 1\n",
+                "    finally:\n        _forced = before\n        _generation -= 1\n",
+            ),
+        ),
+        OTHERS,
+    ),
+    Mutant(
+        "F220",
+        "STATE",
+        "arrival counters are as many as the first call needed",
+        "one KVCache, calls of more row tiles",
+        (Edit(CACHE, "if self._arrivals is None or self._arrivals.numel() < count:", "if self._arrivals is None:"),),
+        ("nothing_else_is_written", "decode_over_several_splits"),
+    ),
+    Mutant(
+        "F221",
+        "STATE",
+        "the bound after a ragged step is that of its shortest new tokens",
+        "new_lens of several lengths, then a decode step",
+        (
+            Edit(
+                WRAPPER,
+                "self.q_len if self.new is None else max(self.new, default=0))",
+                "self.q_len if self.new is None else min(self.new, default=0))",
+            ),
+        ),
+        STEPS,
+    ),
+    Mutant(
+        "F222",
+        "STATE",
+        "an empty step forgets the lengths",
+        "q_len == 0 on a cache",
+        (
+            Edit(
+                WRAPPER,
+                ") if problem.seq_lens is not None else problem.seq_lens_out.zero_()",
+                ") if problem.seq_lens is None else problem.seq_lens_out.zero_()",
+            ),
+        ),
+        STEPS,
+    ),
+)
