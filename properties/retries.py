@@ -23,7 +23,11 @@ def among_others(subject: Subject, case: Case) -> Subject:
     """Every call comes between two on the same cache that differ from it in one thing: another thing for every call.
 
     What those store in the new slots are the same bits.
+
+    Raises:
+        NotOffered: the subject does not take such calls.
     """
+    subject.capabilities.require(replace(case, scale=0.75, is_causal=not case.is_causal))
     function = subject.attention_with_kv_cache
     plans = list(subject.paths.values())
     calls = itertools.count(case.seed)
