@@ -22,6 +22,8 @@ from properties.strict_json import parse
 
 FOLDER = Path("fixtures/findings")
 SCHEMA = Path(__file__).parents[1] / "fixtures/schema/finding.schema.json"
+# Distributions whose module has another name.
+_MODULES = {"paddlepaddle": "paddle"}
 _HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", re.MULTILINE)
 
 
@@ -111,7 +113,8 @@ def _check_script(path: Path, versions: dict[str, str], python: str) -> None:
         raise FindingError(
             f"{path}: the header's requires-python must be '=={python}.*', got {stated.get('requires-python')!r}"
         )
-    known = {name.replace("-", "_").partition(".")[0] for name in versions} | sys.stdlib_module_names
+    modules = {_MODULES.get(name, name.replace("-", "_").partition(".")[0]) for name in versions}
+    known = modules | sys.stdlib_module_names
     foreign = sorted(_imported(tree) - known)
     if foreign:
         raise FindingError(f"{path}: it may import the standard library and its dependencies, got {', '.join(foreign)}")
