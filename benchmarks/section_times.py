@@ -64,12 +64,12 @@ class Stopwatch:
 
 def watched_functions() -> dict[str, list[Any]]:
     """The suite's functions by the section they make up."""
-    from properties import assertions, checking, schedule
+    from properties import answers, assertions, checking, schedule
 
     compare = [value for name, value in vars(assertions).items() if name.startswith("assert_")]
     return {
         "data": [schedule.planned_step, schedule.initial_cache],
-        "oracle": [checking._expect],
+        "oracle": [answers.results, answers.attended, checking._with_budgets],
         "comparison": [*compare, checking.assert_no_findings],
     }
 

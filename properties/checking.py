@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from properties import answers, subjects
 from properties import device as devices
-from properties import subjects
 from properties.assertions import Expected, Float64Array, Got, Utilisation, assert_shapes, assert_within_budget
 from properties.case import Case
 from properties.recorder import recorder
 from properties.runner import Run, StepRun, run, violation
-from properties.schedule import InitialCache, PlannedStep, Problem
+from properties.schedule import PlannedStep, Problem
 from properties.subjects import Subject
-from references import kv_cache
-from references.attention import attention, visible_keys
-from references.error_bounds import budget, overflow_free
-from references.kv_cache import CacheOverflow, ReferenceCache
-from references.rounding import BitsArray, decode
+from references.error_bounds import LSE_TERMS, TERMS, Sequence, budgets
+
+# Numbers of queries, keys and values after which the budgets of the calls so far are computed, all at once.
+NUMBERS_TOGETHER = 1 << 20
 
 BYTES = ("inputs", "append", "cache", "guard", "lengths")
 
@@ -69,7 +68,7 @@ def compare(step: StepRun, expected: Expected) -> Utilisation:
     return used
 
 
-def assert_no_findings(made: Run, kinds: Sequence[str], steps: Sequence[StepRun] | None = None) -> None:
+def assert_no_findings(made: Run, kinds: Collection[str], steps: Collection[StepRun] | None = None) -> None:
     """No call of a run did anything of these kinds.
 
     Raises:
@@ -83,13 +82,38 @@ def assert_no_findings(made: Run, kinds: Sequence[str], steps: Sequence[StepRun]
 
 def expectations(made: Run) -> Iterator[Expected | None]:
     """What the references say of each call in turn; None where it must overflow."""
-    caches = [_reference(made.problem.initial)]
+    case = made.case
+    caches = [answers.reference_cache(made.problem.initial)]
+    waiting: list[_Answer | None] = []
     for step in made.steps:
         parent = caches[step.plan.parent]
-        with made.subject.forced(made.case):  # the tiles of the budget are those of the run
-            expected, cache = _expect(made.case, made.subject, step.plan, parent)
-        caches.append(cache)
-        yield expected
+        right = answers.results(case, step.plan, parent)
+        if right is None:
+            caches.append(parent)
+            waiting.append(None)
+            continue
+        with made.subject.forced(case):  # the tiles of the budget are those of the run
+            rows = answers.attended(case, made.subject, step.plan, parent)
+        waiting.append(_Answer(right[0], right[1], rows))
+        caches.append(right[2])
+        if sum(answer.size for answer in waiting if answer is not None) > NUMBERS_TOGETHER:
+            yield from _with_budgets(made, waiting)
+            waiting = []
+    yield from _with_budgets(made, waiting)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one call returns, and what the queries of each batch row attended to."""
+
+    out: Float64Array
+    lse: Float64Array
+    rows: list[Sequence]
+
+    @property
+    def size(self) -> int:
+        """Numbers held."""
+        return sum(row.key.size + row.value.size + row.query.size for row in self.rows)
 
 
 def expected_outputs(made: Run) -> list[tuple[Got, Expected]]:
@@ -105,83 +129,26 @@ def expected_outputs(made: Run) -> list[tuple[Got, Expected]]:
     return pairs
 
 
-def _reference(given: InitialCache | None) -> ReferenceCache | None:
-    if given is None:
-        return None
-    written = np.arange(given.key.shape[2]) < np.array(given.seq_lens, np.int64)[:, None]
-    return ReferenceCache(given.key.copy(), given.value.copy(), written, list(given.seq_lens))
-
-
-def _expect(
-    case: Case, subject: Subject, planned: PlannedStep, parent: ReferenceCache | None
-) -> tuple[Expected | None, ReferenceCache | None]:
-    """What one call returns, and the cache there is after it."""
-    if case.op == "attention":
-        batch = range(case.batch)
-        numbers = [decode(array, case.dtype) for array in (planned.query, planned.key, planned.value)]
-        results = [
-            attention(*(array[b] for array in numbers), is_causal=case.is_causal, scale=case.softmax_scale)
-            for b in batch
-        ]
-        shape = planned.query.shape
-        out = np.array([result[0] for result in results]).reshape(shape)
-        lse = np.array([result[1] for result in results]).reshape(shape[:3])
-        cache = None
-    else:
-        try:
-            result = kv_cache.step(
-                parent,
-                planned.query,
-                planned.key,
-                planned.value,
-                fmt=case.dtype,
-                seq_lens=list(planned.seq_lens) if parent is not None else None,
-                new_lens=list(planned.new_lens),
-                cache_max_len=case.cache_max_len,
-                update_cache=planned.step.update_cache,
-                is_causal=case.is_causal,
-                scale=case.softmax_scale,
-            )
-        except CacheOverflow as overflow:
-            if overflow.row != planned.overflow_row:
-                raise RuntimeError("references and schedule disagree on the row that overflows") from None
-            return None, parent
-        out, lse, cache = result.out, result.lse, result.cache or parent
-    return _with_budgets(case, subject, planned, parent, out, lse), cache
-
-
-def _with_budgets(
-    case: Case,
-    subject: Subject,
-    planned: PlannedStep,
-    parent: ReferenceCache | None,
-    out: Float64Array,
-    lse: Float64Array,
-) -> Expected:
+def _with_budgets(made: Run, waiting: list[_Answer | None]) -> list[Expected | None]:
     """Add the error budget of every row; padding queries are exact."""
-    expected = Expected(out, lse, np.zeros_like(out), np.zeros_like(lse), np.ones(lse.shape, np.bool_), {}, {})
-    for b in range(case.batch):
-        query, key, value = (decode(array, case.dtype) for array in _row(case, planned, parent, b))
-        if query.shape[1] == 0:
+    rows = [row for answer in waiting if answer is not None for row in answer.rows]
+    case, model = made.case, made.subject.model(devices.current())
+    found = iter(budgets(rows, scale=case.softmax_scale, fmt=case.dtype, model=model))
+    expected: list[Expected | None] = []
+    for answer in waiting:
+        if answer is None:
+            expected.append(None)
             continue
-        visible = visible_keys(query.shape[1], key.shape[1], case.is_causal)
-        cached = planned.seq_lens[b] if case.op == "attention_with_kv_cache" else key.shape[1]
-        tiles = subject.tiles(case, planned.q_len, cached, key.shape[1] - cached)
-        arguments: dict[str, Any] = {
-            "scale": case.softmax_scale,
-            "fmt": case.dtype,
-            "model": subject.model(devices.current()),
-        }
-        found = budget(query, key, value, visible, tiles=tiles, **arguments)
-        real = (b, slice(None), slice(0, query.shape[1]))
-        expected.out_budget[real], expected.lse_budget[real] = found.out, found.lse
-        expected.overflow_free[real] = overflow_free(query, key, value, visible, **arguments)
-        for terms, parts, like in (
-            (expected.out_terms, found.terms, out),
-            (expected.lse_terms, found.lse_terms, lse),
-        ):
-            for name, part in parts.items():
-                terms.setdefault(name, np.zeros_like(like))[real] = part
+        out, lse = answer.out, answer.lse
+        terms, lse_terms = np.zeros((len(TERMS), *out.shape)), np.zeros((len(LSE_TERMS), *lse.shape))
+        free = np.ones(lse.shape, np.bool_)
+        for b, row in enumerate(answer.rows):
+            real, one = slice(0, row.query.shape[1]), next(found)
+            terms[:, b, :, real], lse_terms[:, b, :, real] = one.by_term, one.lse_by_term
+            free[b, :, real] = one.overflow_free
+        parts, lse_parts = dict(zip(TERMS, terms, strict=True)), dict(zip(LSE_TERMS, lse_terms, strict=True))
+        budget, lse_budget = np.add.reduce(terms), np.add.reduce(lse_terms)
+        expected.append(Expected(out, lse, budget, lse_budget, free, parts, lse_parts))
     return expected
 
 
@@ -202,20 +169,6 @@ def visible_problem(
 
     For a case of one call on the cache it was given; later calls attend to what earlier ones appended.
     """
-    parent = _reference(made.problem.initial)
-    query, key, value = (decode(array, made.case.dtype) for array in _row(made.case, planned, parent, b))
-    return query, key, value, visible_keys(query.shape[1], key.shape[1], made.case.is_causal)
-
-
-def _row(
-    case: Case, planned: PlannedStep, parent: ReferenceCache | None, b: int
-) -> tuple[BitsArray, BitsArray, BitsArray]:
-    """Queries of one row and the keys and values they attend to, cached ones first."""
-    if case.op == "attention":
-        return planned.query[b], planned.key[b], planned.value[b]
-    new, cached = planned.new_lens[b], planned.seq_lens[b]
-    key, value = planned.key[b, :, :new], planned.value[b, :, :new]
-    if parent is not None:
-        key = np.concatenate([parent.k_bits[b, :, :cached], key], axis=1)
-        value = np.concatenate([parent.v_bits[b, :, :cached], value], axis=1)
-    return planned.query[b, :, :new], key, value
+    parent = answers.reference_cache(made.problem.initial)
+    row = answers.attended(made.case, made.subject, planned, parent)[b]
+    return row.query, row.key, row.value, row.visible

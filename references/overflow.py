@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from references.arithmetic_model import ArithmeticModel
-from references.rounding import Format, as_format
-from references.rounding_errors import Arithmetic, gamma
-from references.weight_errors import LOG2_E, lifted_magnitude
+from references.rounding import FLOAT64, Format, as_format
+from references.rounding_errors import Arithmetic, arithmetic_of, gamma
+from references.softmax import LOG2_E, lifted_magnitude
+from references.tiling import Count
 
 Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -17,34 +21,71 @@ CLASSES = ("input", "score", "logit", "contraction", "numerator", "output")
 
 
 def non_finite(
-    query: Float64Array, key: Float64Array, value: Float64Array, rows: BoolArray
+    query: Float64Array, key: Float64Array, value: Float64Array, visible: BoolArray
 ) -> tuple[BoolArray | None, BoolArray | None, tuple[Float64Array, Float64Array, Float64Array]]:
-    """Which results a non-finite input reaches, and the inputs with zeros in its place.
-
-    Args:
-        query: [num_kv_heads, rows, head_dim]
-        key: [num_kv_heads, kv_len, head_dim]
-        value: [num_kv_heads, kv_len, head_dim]
-        rows: [rows, kv_len], which keys a row sees.
+    """Which results a non-finite input reaches, and the inputs with zeros in its place; arguments as in ``budget``.
 
     Returns:
-        Of the output [num_kv_heads, rows, head_dim] and of the log-sum-exp [num_kv_heads, rows]; None, None
+        Of the output [num_q_heads, q_len, head_dim] and of the log-sum-exp [num_q_heads, q_len]; None, None
         if all inputs are finite.
     """
     inputs = (query, key, value)
-    # A sum is finite only if all its terms are, and needs no array of its own.
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = all(np.isfinite(x.sum()) for x in inputs)
-    if finite or all(np.isfinite(x).all() for x in inputs):
+    if all(np.isfinite(x).all() for x in inputs):
         return None, None, inputs
     bad_query, bad_key, bad_value = (np.where(np.isfinite(x), 0.0, 1.0) for x in inputs)
-    sees = rows.astype(np.float64)
-    through_key = (sees @ bad_key.sum(axis=-1, keepdims=True))[..., 0]
-    through_query = bad_query.sum(axis=-1) * sees.sum(axis=-1)
-    scores = through_key + through_query > 0
-    out = scores[..., None] | (sees @ bad_value > 0)
+    group_size = len(query) // len(key)
+    bad_key, bad_value = (np.repeat(x, group_size, axis=0) for x in (bad_key, bad_value))
+    sees = visible.astype(np.float64)
+    scores = sees @ bad_key.sum(axis=-1)[..., None] + (bad_query.sum(axis=-1) * sees.sum(axis=-1))[..., None] > 0
+    out = scores | (sees @ bad_value > 0)
     query, key, value = (np.where(np.isfinite(x), x, 0.0) for x in inputs)
-    return out, scores, (query, key, value)
+    return out, scores[..., 0], (query, key, value)
+
+
+def surely_finite(largest: tuple[float, float, float], kv_len: int, scale: float, arithmetic: Arithmetic) -> bool:
+    """Whether no query can leave the range, judged by the largest magnitudes of query, key and value alone.
+
+    The conditions are those of ``overflow_classes`` for a query that sees all keys and meets all these magnitudes at
+    once; where they fail, the classes decide.
+    """
+    query, key, value = largest
+    if not all(map(math.isfinite, largest)):
+        return False
+    lifted = arithmetic.fmt.smallest_normal if arithmetic.fused else 0.0
+    score = arithmetic.head_dim * max(query, lifted) * max(key, lifted) * (1 + arithmetic.score)
+    growth, spread = growths(kv_len, arithmetic)
+    return all(fits(score, scale, kv_len * value * growth, value * spread, arithmetic).values())
+
+
+def growths(count: Count, arithmetic: Arithmetic) -> tuple[Any, Any]:
+    """How much larger than exact a sum of ``count`` terms p v, and a quotient of two such sums, can come out."""
+    model = arithmetic.model
+    # Each tile may hold one key only: its term passes every addition, rescaling and merge.
+    roundings = 4 * count + 8
+    growth: Any = (1 + (arithmetic.fused_steps(count) if arithmetic.fused else 0.0)) * (
+        1 + gamma(roundings, arithmetic.u)
+    )
+    if arithmetic.rounds_p:
+        p_format, mode = arithmetic.p_format, model.p_rounding
+        growth = growth * (1 + p_format.unit_roundoff(mode) + count * p_format.underflow_error(mode))
+    shrinking = 1 + gamma(2 * roundings, arithmetic.u) / 2  # 1 / (1 - gamma(roundings))
+    spread = growth * shrinking * (1 + model.division_error) * (1 + 2.0**-20)
+    return growth * (2.0 if model.contraction else 1.0), spread
+
+
+def fits(score: Any, scale: float, numerator: Any, output: Any, arithmetic: Arithmetic) -> dict[str, Any]:
+    """Which classes are ruled out by these sizes of scores, sums of p v and outputs: numbers, or arrays of them."""
+    model, largest = arithmetic.model, arithmetic.model.work.max_finite
+    constant = abs(scale) * LOG2_E * (1 + model.scale_error + 2.0**-20)
+    # 0 times a constant that overflows is the constant's fault, not the score's.
+    logit = score * min(constant, FLOAT64.max_finite)
+    return {
+        "score": score < largest / 4,
+        "logit": (logit < largest / 4) & (constant < largest),
+        "contraction": (logit * arithmetic.u * 2 <= 1) | (not model.contraction),
+        "numerator": numerator < largest / 2,
+        "output": output <= arithmetic.fmt.max_finite,
+    }
 
 
 def overflow_classes(
@@ -72,51 +113,24 @@ def overflow_classes(
             flat scores.
         output: the result is beyond, or within the error budget of, the largest value of the output format.
     """
-    fmt = as_format(fmt)
-    num_q_heads, q_len, head_dim = query.shape
-    num_kv_heads = key.shape[0]
-    group_size = num_q_heads // num_kv_heads
-    rows = np.tile(visible, (group_size, 1))
-    query = query.reshape(num_kv_heads, group_size * q_len, head_dim)
-    unbounded, _, (query, key, value) = non_finite(query, key, value, rows)
-    arithmetic = Arithmetic(model, fmt, head_dim, None)
-    largest = model.work.max_finite
-    count = rows.sum(axis=-1)
-    theta = model.scale_error + 2.0**-20
+    arithmetic = arithmetic_of(model, as_format(fmt), query.shape[-1])
+    unbounded, _, (query, key, value) = non_finite(query, key, value, visible)
+    group_size = len(query) // len(key)
+    count = visible.sum(axis=-1)
 
     with np.errstate(over="ignore", invalid="ignore"):
-        sizes = lifted_magnitude(key, fmt, arithmetic.fused).swapaxes(-1, -2)
-        score = lifted_magnitude(query, fmt, arithmetic.fused) @ sizes
-        score = np.max(np.where(rows, score, 0.0), axis=-1, initial=0.0) * (1 + arithmetic.score())
-        logit = np.where(score > 0, score * abs(scale) * LOG2_E * (1 + theta), 0.0)
-        # Each tile may hold one key only: its term passes every addition, rescaling and merge.
-        roundings = 4 * count + 8
-        sums = arithmetic.fused_steps(count) if arithmetic.fused else np.zeros(count.shape)
-        growth = (1 + sums) * (1 + gamma(roundings, arithmetic.u)) * (2.0 if model.contraction else 1.0)
-        if arithmetic.rounds_p:
-            p_format, mode = model.format_of_p(fmt), model.p_rounding
-            growth *= 1 + p_format.unit_roundoff(mode) + count * p_format.underflow_error(mode)
-        shrinking = np.maximum(1 - gamma(roundings, arithmetic.u), 0.0)
-        magnitude = np.abs(value)
-        total = rows.astype(np.float64) @ magnitude
-        numerator = (total * growth[:, None]).max(axis=-1, initial=0.0)
+        query_size, key_size = (lifted_magnitude(np.abs(x), arithmetic.fmt, arithmetic.fused) for x in (query, key))
+        key_size, value_size = (np.repeat(x, group_size, axis=0) for x in (key_size, np.abs(value)))
+        products = np.where(visible, query_size @ key_size.swapaxes(-1, -2), 0.0)
+        score = products.max(axis=-1, initial=0.0) * (1 + arithmetic.score)
         # A quotient of weighted sums is at most the largest value, apart from the errors of the two sums.
-        hull = np.zeros(total.shape[:2])
-        for row in range(rows.shape[0]):
-            hull[:, row] = np.max(magnitude[:, rows[row]], axis=(-2, -1), initial=0.0)
-        spread = growth / (2.0 if model.contraction else 1.0) / shrinking
-        output = hull * spread * (1 + model.division_error) * (1 + 2.0**-20)
-        constant = abs(scale) * LOG2_E * (1 + theta)
-        finite = {
-            "input": np.ones(score.shape, dtype=np.bool_) if unbounded is None else ~unbounded.any(axis=-1),
-            "score": score < largest / 4,
-            "logit": (logit < largest / 4) & (constant < largest),
-            "contraction": (logit * arithmetic.u * 2 <= 1) | (not model.contraction),
-            "numerator": numerator < largest / 2,
-            "output": output <= fmt.max_finite,
-        }
-    shape = (num_q_heads, q_len)
-    return {name: (~ok & (count > 0)).reshape(shape) for name, ok in finite.items()}
+        of_keys = value_size.max(axis=-1, initial=0.0)[:, None, :]
+        hull = np.where(visible, of_keys, 0.0).max(axis=-1, initial=0.0)
+        total = (visible.astype(np.float64) @ value_size).max(axis=-1, initial=0.0)
+        growth, spread = growths(count, arithmetic)
+        finite = fits(score, scale, total * growth, hull * spread, arithmetic)
+    finite["input"] = np.ones(score.shape, dtype=np.bool_) if unbounded is None else ~unbounded.any(axis=-1)
+    return {name: ~finite[name] & (count > 0) for name in CLASSES}
 
 
 def overflow_free(
@@ -131,7 +145,5 @@ def overflow_free(
 ) -> BoolArray:
     """[num_q_heads, q_len]: whether every intermediate is provably finite; see ``overflow_classes``."""
     classes = overflow_classes(query, key, value, visible, scale=scale, fmt=fmt, model=model)
-    free = np.ones(query.shape[:2], dtype=np.bool_)
-    for name in CLASSES:
-        free &= ~classes[name]
-    return free
+    reached: BoolArray = np.logical_or.reduce(list(classes.values()))
+    return ~reached

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from references.arithmetic_model import ArithmeticModel
-from references.rounding import Format
-from references.tiling import Path
+from references.rounding import Format, as_format
+from references.tiling import Count, Counts, Path
 
 Float64Array = NDArray[np.float64]
+# Of every row, or one number for all of them.
+Error = NDArray[np.floating[Any]] | float
 
 
-def gamma(count: NDArray[np.int64] | int, u: float) -> Float64Array:
+def gamma(count: Count, u: float) -> Error:
     """Relative error of a product of ``count`` factors (1 + d) with abs(d) <= u, or their inverses."""
-    total = np.maximum(np.asarray(count, dtype=np.float64), 0.0) * u
+    if isinstance(count, int):
+        factors = max(count, 0) * u
+        return factors / (1 - factors) if factors < 1 else math.inf
+    total = np.maximum(count, 0) * u
+    if total.max(initial=0.0) < 1:
+        bound: Float64Array = total / (1 - total)
+        return bound
     return np.where(total < 1, total / np.where(total < 1, 1 - total, 1.0), np.inf)
 
 
-def gamma_random(count: NDArray[np.int64] | int, u: float, confidence: float) -> Float64Array:
+def gamma_random(count: Count, u: float, confidence: float) -> Error:
     """The same for mean-independent factors, except with probability 2 exp(-confidence**2 / 2)."""
-    n = np.maximum(np.asarray(count, dtype=np.float64), 0.0)
-    return np.minimum(gamma(count, u), np.expm1(confidence * np.sqrt(n) * u + n * u * u / (1 - u)))
+    n = np.maximum(count, 0)
+    likely: Float64Array = np.expm1(confidence * np.sqrt(n) * u + n * (u * u / (1 - u)))
+    return np.minimum(gamma(count, u), likely)
 
 
-def expm1_bound(x: Float64Array) -> Float64Array:
-    """At least exp(x) - 1, for x >= 0; cheaper than expm1 where x is small."""
-    if x.size and np.max(x) > 0.5:
+def expm1_bound(x: Float64Array, largest: float) -> Float64Array:
+    """At least exp(x) - 1, for 0 <= x <= largest; cheaper than expm1 where x is small."""
+    if not largest <= 0.5:
         with np.errstate(over="ignore"):
             return np.expm1(x)
-    return x * (1 + x)  # exp(x) <= 1 + x + x**2 up to 1.79
+    bound = x + 1  # exp(x) <= 1 + x + x**2 up to 1.79
+    bound *= x
+    return bound
 
 
 @dataclass(frozen=True)
@@ -51,29 +65,29 @@ class Arithmetic:
     head_dim: int
     confidence: float | None
 
-    @property
+    @cached_property
     def u(self) -> float:
         """Unit roundoff of the work format."""
         return self.model.work.unit_roundoff()
 
-    @property
+    @cached_property
     def fused(self) -> bool:
         """Whether a tensor core sums the products; it takes no operand longer than tfloat32."""
         return self.model.accumulator == "fused" and (self.fmt.precision <= 11 or self.model.tf32)
 
-    @property
+    @cached_property
     def products_per_step(self) -> int:
         """A tensor core takes half as many products of 32-bit operands."""
         return max(1, self.model.fused_products // (2 if self.fmt.width == 32 else 1))
 
-    @property
+    @cached_property
     def floor(self) -> float:
         """Absolute error of one operation whose result underflows."""
         work = self.model.work
         flushed = self.model.flush_to_zero or self.fused
         return work.smallest_normal if flushed else work.smallest_subnormal
 
-    @property
+    @cached_property
     def exp2_floor(self) -> float:
         """Absolute error of an exponential that underflows."""
         work = self.model.work
@@ -81,22 +95,27 @@ class Arithmetic:
             return work.smallest_normal
         return work.smallest_subnormal * max(1.0, self.model.exp2_error * 2.0 ** (work.precision - 1))
 
-    @property
+    @cached_property
     def rounds_p(self) -> bool:
         """Whether P is narrower than the work format."""
-        return self.model.format_of_p(self.fmt).precision < self.model.work.precision
+        return self.p_format.precision < self.model.work.precision
 
-    def gamma(self, count: NDArray[np.int64] | int) -> Float64Array:
+    def gamma(self, count: Count) -> Error:
         """Relative error of ``count`` roundings to nearest."""
         if self.confidence is None:
             return gamma(count, self.u)
         return gamma_random(count, self.u, self.confidence)
 
-    def fused_steps(self, steps: NDArray[np.int64] | int) -> Float64Array:
+    def fused_steps(self, steps: Count) -> Error:
         """Truncation is biased: its errors add up, also in the alarm."""
-        return gamma(steps, self.model.fused_step_error())
+        return gamma(steps, self.fused_step)
 
-    def with_operands(self, error: Float64Array, other_precision: int) -> Float64Array:
+    @cached_property
+    def fused_step(self) -> float:
+        """Error of one fused step relative to the sum of the magnitudes it adds up."""
+        return self.model.fused_step_error()
+
+    def with_operands(self, error: Error, other_precision: int) -> Error:
         """Add what happens to the operands and to their product before the summation."""
         if self.model.tf32 and self.fmt.width == 32:
             error = (1 + error) * (1 + 2.0**-10) ** 2 - 1
@@ -104,6 +123,7 @@ class Arithmetic:
             error = (1 + error) * (1 + self.u) - 1
         return error
 
+    @cached_property
     def score(self) -> float:
         """Error of q.k relative to sum abs(q_d k_d), (1)."""
         if self.fused:
@@ -113,28 +133,45 @@ class Arithmetic:
         error = self.with_operands(error, self.fmt.precision)
         if self.model.scale_into_query:
             error = (1 + error) * (1 + self.fmt.unit_roundoff()) - 1
-        return float(np.max(error))
+        return float(error)
 
-    def accumulation(self, way: Path) -> Float64Array:
+    @cached_property
+    def p_format(self) -> Format:
+        """P's format."""
+        return self.model.format_of_p(self.fmt)
+
+    def accumulation(self, seen: Counts, rescaling: Error) -> Error:
         """Error of P.V relative to sum abs(p_j v_j), the merge included, (4)."""
         if self.fused:
-            steps = way.split_steps if self.model.carried else way.tile_steps
-            error = self.fused_steps(steps)
+            error = self.fused_steps(seen.split_steps if self.model.carried else seen.tile_steps)
             if not self.model.carried:
-                error = (1 + error) * (1 + self.gamma(way.tiles - 1)) - 1
+                error = (1 + error) * (1 + self.gamma(seen.tiles - 1)) - 1
         elif self.model.carried:
-            error = self.gamma(way.split_keys - 1)
+            error = self.gamma(seen.split_keys - 1)
         else:
-            error = self.gamma(way.tile_keys + way.tiles - 2)
-        error = self.with_operands(error, self.model.format_of_p(self.fmt).precision)
-        return (1 + error) * (1 + self.rescaling(way)) - 1
+            error = self.gamma(seen.tile_keys + seen.tiles - 2)
+        error = self.with_operands(error, self.p_format.precision)
+        return (1 + error) * (1 + rescaling) - 1
 
-    def row_sum(self, way: Path) -> Float64Array:
+    def row_sum(self, seen: Counts, rescaling: Error) -> Error:
         """Error of the row sum relative to itself, (4)."""
-        additions = np.minimum(way.tile_keys + way.tiles - 2, way.split_keys - 1)
-        return (1 + self.gamma(additions)) * (1 + self.rescaling(way)) - 1
+        return (1 + self.gamma(seen.sum_additions)) * (1 + rescaling) - 1
 
-    def rescaling(self, way: Path) -> Float64Array:
+    def rescaling(self, seen: Counts, way: Path) -> Error:
         """Error of rescaling the accumulator or the row sum, and of adding up the splits."""
-        merge_additions = np.maximum(way.splits - 1, 0)
-        return self.gamma(way.rescales + way.merge_rescales + merge_additions)
+        return self.gamma(way.rescales + way.merge_rescales + seen.merge_additions)
+
+    @cached_property
+    def partial(self) -> float:
+        """(8) Relative error of a stored, normalised partial output."""
+        if self.model.merge == "max":
+            return 0.0
+        stored = as_format(self.model.partial_format)
+        rounding = stored.unit_roundoff() if stored.precision < self.model.work.precision else 0.0
+        return (1 + self.model.division_error) * (1 + rounding) - 1
+
+
+@lru_cache(maxsize=256)
+def arithmetic_of(model: ArithmeticModel, fmt: Format, head_dim: int, confidence: float | None = None) -> Arithmetic:
+    """The same object for the same arguments, so that what follows from them is computed once."""
+    return Arithmetic(model, fmt, head_dim, confidence)

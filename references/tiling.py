@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +13,8 @@ from numpy.typing import NDArray
 Float64Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+# Of every row, or one number for all of them.
+Count = IntArray | int
 
 # The splits in merge order; each the tiles it visits, in order, as key ranges [start, stop).
 Tiles = tuple[tuple[tuple[int, int], ...], ...]
@@ -45,115 +50,198 @@ def tiling(cached: int, new: int, block_n: int, kv_split_size: int | None = None
     return tuple(splits)
 
 
-@dataclass(frozen=True)
-class Path:
-    """How many inexact operations a key's contribution can pass through; [..., rows] unless said otherwise.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Tiles as arrays; splits without a tile are left out.
 
     Attributes:
-        exps: [..., rows, kv_len or 1] exponentials multiplied into the weight of a key: its own, one for each
-            later tile of its split that may raise the running maximum, and those of the merge.
+        starts: [tiles] first key of each.
+        widths: [tiles] keys of each.
+        real: [splits, most tiles of a split] which of these places hold a tile, in order.
+        kv_len: keys of all tiles.
+    """
+
+    starts: IntArray
+    widths: IntArray
+    real: BoolArray
+    kv_len: int
+
+
+@lru_cache(maxsize=1024)
+def layout(tiles: Tiles, kv_len: int) -> Layout:
+    """The arrays of a tiling.
+
+    Raises:
+        ValueError: the tiles do not cover the keys [0, kv_len) in order.
+    """
+    splits = [split for split in tiles if split]
+    flat = [tile for split in splits for tile in split]
+    starts = [start for start, _ in flat]
+    if [0, *(stop for _, stop in flat)] != [*starts, kv_len] or any(a >= b for a, b in flat):
+        raise ValueError(f"tiles must cover the keys [0, {kv_len}) in order, got {tiles}")
+    lengths = np.array([len(split) for split in splits])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    return Layout(np.array(starts), np.array([b - a for a, b in flat]), real, kv_len)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many keys, tiles and splits a row sees: [rows], or one number for all rows.
+
+    Attributes:
+        keys: visible keys.
         tile_keys: most visible keys in one tile.
         split_keys: most visible keys in one split.
         tiles: most tiles with a visible key in one split.
-        steps: most fused steps in one split, and in one tile.
-        rescales: most rescalings by a factor other than 1 in one split.
         splits: splits with a visible key.
-        merge_rescales: rescalings in the merge.
+        sum_additions: most additions that a weight passes in the row sum of its split.
+        merge_additions: additions of splits.
+        split_steps, tile_steps: most fused steps in one split, and in one tile.
     """
 
-    exps: IntArray
-    tile_keys: IntArray
-    split_keys: IntArray
-    tiles: IntArray
-    split_steps: IntArray
-    tile_steps: IntArray
-    rescales: IntArray
-    splits: IntArray
-    merge_rescales: IntArray
+    keys: Count
+    tile_keys: Count
+    split_keys: Count
+    tiles: Count
+    splits: Count
+    sum_additions: Count
+    merge_additions: Count
+    split_steps: Count
+    tile_steps: Count
 
 
-def _records(upper: Float64Array, lower: Float64Array) -> IntArray:
-    """1 where a maximum in [lower, upper] may exceed all earlier ones, along the last axis.
+def counts(visible: list[BoolArray], tiles: list[Layout], fused_products: int) -> Counts:
+    """Count for the rows of all sequences, one after the other; ``visible`` is [rows, kv_len] of each."""
+    if len(tiles) == 1 and visible[0].all():
+        return _counts_of_all(tiles[0], fused_products)
+    splits, most_tiles = _most_places(tiles)
+    ends = list(itertools.accumulate(len(sees) for sees in visible))
+    keys = np.zeros((ends[-1], splits, most_tiles), dtype=np.int64)
+    steps = np.zeros_like(keys)
+    for start, end, sees, order in zip([0, *ends], ends, visible, tiles, strict=False):
+        seen = np.add.reduceat(sees.view(np.uint8), order.starts, axis=-1, dtype=np.int64)  # [rows, tiles]
+        _put(seen, keys[start:end], order)
+        if fused_products > 1:
+            _put(np.minimum(seen, -(-order.widths // fused_products)), steps[start:end], order)
+    return Counts(*_counts(keys, steps if fused_products > 1 else keys))
+
+
+@lru_cache(maxsize=1024)
+def _counts_of_all(tiles: Layout, fused_products: int) -> Counts:
+    """The counts where every row sees every key."""
+    keys, steps = np.zeros((2, 1, *tiles.real.shape), dtype=np.int64)
+    _put(tiles.widths, keys, tiles)
+    _put(-(-tiles.widths // fused_products), steps, tiles)
+    return Counts(*(int(count[0]) for count in _counts(keys, steps)))
+
+
+def _counts(keys: IntArray, steps: IntArray) -> list[IntArray]:
+    """The numbers of ``Counts`` from what a row sees of every tile, [rows, splits, tiles of a split]."""
+    in_split = keys.sum(axis=-1)
+    tile_keys, split_keys = keys.max(axis=(-2, -1)), in_split.max(axis=-1)
+    most_tiles, splits = (keys > 0).sum(axis=-1).max(axis=-1), (in_split > 0).sum(axis=-1)
+    return [
+        in_split.sum(axis=-1),
+        tile_keys,
+        split_keys,
+        most_tiles,
+        splits,
+        np.minimum(tile_keys + most_tiles - 2, split_keys - 1),
+        np.maximum(splits - 1, 0),
+        steps.sum(axis=-1).max(axis=-1),
+        steps.max(axis=(-2, -1)),
+    ]
+
+
+def _most_places(tiles: list[Layout]) -> tuple[int, int]:
+    """Most splits, and most tiles of a split."""
+    return max(order.real.shape[0] for order in tiles), max(order.real.shape[1] for order in tiles)
+
+
+def _put(of_tiles: NDArray[Any], places: NDArray[Any], order: Layout) -> None:
+    """Put [..., tiles] in their places [..., splits, tiles of a split]."""
+    splits, most_tiles = order.real.shape
+    if splits == 1:
+        places[..., 0, :most_tiles] = of_tiles
+    else:
+        places[..., :splits, :most_tiles][..., order.real] = of_tiles
+
+
+@dataclass(frozen=True)
+class Path:
+    """How many inexact operations the contribution of a key can pass through, as far as the data decide it.
+
+    Attributes:
+        exps: [..., rows, splits, tiles of a split] exponentials multiplied into the weight of a key of a tile: its
+            own, one for each later tile of its split that may raise the running maximum, and those of the merge.
+        rescales: [..., rows] most rescalings by a factor other than 1 in one split.
+        merge_rescales: [..., rows] rescalings in the merge.
+    """
+
+    exps: Count
+    rescales: Count
+    merge_rescales: Count
+
+
+def _records(upper: Float64Array, lower: Float64Array) -> BoolArray:
+    """True where a maximum in [lower, upper] may exceed all earlier ones, along the last axis.
 
     The first finite one is not a record: what it rescales is zero.
     """
     before = np.full_like(lower, -np.inf)
-    before[..., 1:] = np.maximum.accumulate(lower, axis=-1)[..., :-1]
-    return ((upper > before) & (before > -np.inf)).astype(np.int64)
+    np.maximum.accumulate(lower[..., :-1], axis=-1, out=before[..., 1:])
+    found: BoolArray = (upper > before) & (before > -np.inf)
+    return found
 
 
-def _remaining(records: IntArray) -> IntArray:
+def _remaining(records: BoolArray) -> IntArray:
     """How many records come after each position of the last axis."""
-    remaining: IntArray = records.sum(axis=-1, keepdims=True) - np.cumsum(records, axis=-1)
+    so_far = np.cumsum(records, axis=-1)
+    remaining: IntArray = so_far[..., -1:] - so_far
     return remaining
 
 
-def path(t: Float64Array, uncertainty: Float64Array, visible: BoolArray, tiles: Tiles, fused_products: int) -> Path:
+def path(bounds: Float64Array, splits: Count, rows: list[slice], tiles: list[Layout]) -> Path:
     """Count along the way of the keys of every row.
 
     Args:
-        t: [..., rows, kv_len] exact logits in base 2.
-        uncertainty: like ``t``; a computed logit lies within it, apart from a factor common to the row.
-        visible: [rows, kv_len]
-        tiles: they must cover the keys in order.
-        fused_products: products of one step of a tensor core.
+        bounds: [2, heads, rows, kv_len] upper and lower bounds of every computed logit in base 2, apart from a
+            factor common to the row; -inf where a key is hidden.
+        splits: with a visible key, see ``Counts``.
+        rows: of each sequence.
+        tiles: of each sequence.
     """
-    flat = [tile for split in tiles for tile in split]
-    starts = [start for start, _ in flat]
-    if [0, *(stop for _, stop in flat)] != [*starts, t.shape[-1]] or any(a >= b for a, b in flat):
-        raise ValueError(f"tiles must cover the keys [0, {t.shape[-1]}) in order, got {tiles}")
-    widths = np.array([stop - start for start, stop in flat])
-    keys = np.add.reduceat(visible.astype(np.int64), starts, axis=-1)  # [rows, tiles]
-    steps = np.minimum(keys, -(-widths // fused_products))
-
-    if len(flat) == 1:
-        count, none = keys[..., 0], np.zeros(t.shape[:-1], dtype=np.int64)
-        seen = (count > 0).astype(np.int64)
-        own = np.ones((*t.shape[:-1], 1), dtype=np.int64)
-        return Path(own, count, count, seen, steps[..., 0], steps[..., 0], none, seen, none)
-
-    upper, lower = t + uncertainty, t - uncertainty
-    if not visible.all():
-        upper, lower = (np.where(visible, x, -np.inf) for x in (upper, lower))
-    upper, lower = (np.maximum.reduceat(x, starts, axis=-1) for x in (upper, lower))
-    ends = np.cumsum([len(split) for split in tiles])
-    spans = [slice(end - len(split), end) for split, end in zip(tiles, ends, strict=True) if split]
-
-    exps = np.ones(upper.shape, dtype=np.int64)
-    rescales = np.zeros(upper.shape[:-1], dtype=np.int64)
-    for span in spans:
-        records = _records(upper[..., span], lower[..., span])
-        exps[..., span] += _remaining(records)
-        rescales = np.maximum(rescales, records.sum(axis=-1))
-
-    def most(counts: IntArray, sums: bool = True) -> IntArray:
-        """The largest count of a split, or of a tile."""
-        totals = [counts[..., s].sum(axis=-1) if sums else counts[..., s].max(axis=-1) for s in spans]
-        result: IntArray = np.max(totals, axis=0)
-        return result
-
-    live = np.stack([keys[..., s].sum(axis=-1) > 0 for s in spans], axis=-1)
-    splits = live.sum(axis=-1)
-    merge_rescales = np.zeros(upper.shape[:-1], dtype=np.int64)
-    if len(spans) > 1:
+    places = _most_places(tiles)
+    of_tiles = np.full((*bounds.shape[:3], *places), -np.inf)
+    for mine, order in zip(rows, tiles, strict=True):
+        maxima = np.maximum.reduceat(bounds[:, :, mine, : order.kv_len], order.starts, axis=-1)
+        _put(maxima, of_tiles[:, :, mine], order)
+    records = _records(*of_tiles)
+    exps = 1 + _remaining(records)
+    rescales = records.sum(axis=-1).max(axis=-1)
+    merge_rescales: Count = 0
+    if places[0] > 1:
         # Merged pairwise in order, a split is rescaled when it is taken in and whenever a later one raises
         # the maximum; merged at once, only the first.
-        split_upper = np.stack([upper[..., s].max(axis=-1) for s in spans], axis=-1)
-        split_lower = np.stack([lower[..., s].max(axis=-1) for s in spans], axis=-1)
-        records = _records(split_upper, split_lower)
-        merging = np.where(splits > 1, 1, 0)[..., None] * (1 + _remaining(records))
-        for index, span in enumerate(spans):
-            exps[..., span] += merging[..., index, None]
-        merge_rescales = np.where(splits > 1, 1 + records.sum(axis=-1), 0)
+        records = _records(*of_tiles.max(axis=-1))
+        several = np.asarray(splits) > 1
+        exps += (several[..., None] * (1 + _remaining(records)))[..., None]
+        merge_rescales = several * (1 + records.sum(axis=-1))
+    return Path(exps, rescales, merge_rescales)
 
-    return Path(
-        exps=np.repeat(exps, widths, axis=-1),
-        tile_keys=most(keys, sums=False),
-        split_keys=most(keys),
-        tiles=most((keys > 0).astype(np.int64)),
-        split_steps=most(steps),
-        tile_steps=most(steps, sums=False),
-        rescales=rescales,
-        splits=splits,
-        merge_rescales=merge_rescales,
-    )
+
+def add_to_keys(
+    of_all: Float64Array, of_tiles: NDArray[np.floating[Any]] | float, rows: list[slice], tiles: list[Layout]
+) -> None:
+    """Add [heads, rows, splits, tiles of a split], or one number for all tiles, to [heads, rows, kv_len]."""
+    if isinstance(of_tiles, float) or of_tiles.shape[-2:] == (1, 1):
+        of_all += of_tiles if isinstance(of_tiles, float) else of_tiles[..., 0]
+        return
+    for mine, order in zip(rows, tiles, strict=True):
+        splits, most_tiles = order.real.shape
+        places = of_tiles[:, mine, :splits, :most_tiles]
+        in_order = places[..., 0, :] if splits == 1 else places[..., order.real]
+        of_all[:, mine, : order.kv_len] += np.repeat(in_order, order.widths, axis=-1)
+
+
+ONE_TILE = Path(exps=1, rescales=0, merge_rescales=0)

@@ -8,137 +8,113 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from references.rounding import Format
-from references.rounding_errors import Arithmetic, expm1_bound
-from references.tiling import Path, Tiles, path
+from references.rounding_errors import Arithmetic, Error, expm1_bound
+from references.softmax import LN_2, LOG2_E, Magnitudes, Sequences, Softmax
+from references.tiling import ONE_TILE, Counts, Layout, Path, add_to_keys, path
 
 Float64Array = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
-
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The softmax of one sequence and what its computed weights may deviate; [num_kv_heads, rows, kv_len].
+class Deviations:
+    """What the computed weights of a softmax may deviate; [num_kv_heads, rows, kv_len] unless said otherwise."""
 
-    A row is a query of one of the group_size query heads of a kv head.
-    """
-
-    visible: BoolArray  # [rows, kv_len]
-    weight: Float64Array  # exact, 0 where hidden
-    gap: Float64Array  # distance of the logit from the largest one, in octaves
-    peak: Float64Array  # [num_kv_heads, rows] largest logit in base 2
-    total: Float64Array  # [num_kv_heads, rows] sum of 2**-gap
     exponent: Float64Array  # log(1 + phi)
-    deviation: Float64Array  # phi: bound on the relative error common to numerator and denominator
+    largest: float  # exponent of all
+    phi: Float64Array  # bound on the relative error common to numerator and denominator
     shared: Float64Array  # the part of phi that is the same function for all keys, for the alarm
     shift: Float64Array  # [num_kv_heads, rows] error that all logits have in common, in octaves
     reach: Float64Array  # [num_kv_heads, rows] how far the computed maximum may be off, in octaves
     way: Path
+    rescaling: Error  # of the accumulator and of the row sum, [..., rows]
 
 
-def lifted_magnitude(x: Float64Array, fmt: Format, fused: bool) -> Float64Array:
-    """Magnitudes as a tensor core aligns them: subnormal numbers count as the smallest normal one."""
-    magnitude = np.abs(x)
-    if not fused or magnitude.min(initial=np.inf) >= fmt.smallest_normal:
-        return magnitude
-    return np.where(magnitude > 0, np.maximum(magnitude, fmt.smallest_normal), 0.0)
+def column(x: Error | NDArray[np.int64]) -> Float64Array:
+    """[..., rows] to [..., rows, 1]."""
+    return np.asarray(x, dtype=np.float64)[..., None]
 
 
-def weights_of(
-    query: Float64Array,
-    key: Float64Array,
-    visible: BoolArray,
+def deviations_of(
+    sequences: Sequences,
+    exact: Softmax,
+    sizes: Magnitudes,
     scale: float,
     arithmetic: Arithmetic,
-    tiles: Tiles,
-) -> Weights:
+    seen: Counts,
+    tiles: list[Layout],
+) -> Deviations:
     """Sections (1) to (3): scores, logits, exponentials."""
-    model, u, fmt = arithmetic.model, arithmetic.u, arithmetic.fmt
-    head_dim = arithmetic.head_dim
+    model, u = arithmetic.model, arithmetic.u
     c = abs(scale) * LOG2_E
-    everything = bool(visible.all())
 
     # (1) |z_hat - z| <= g a + eta, and (2) t_hat = (1 + theta) t + rho with |rho| <= r.
-    g = arithmetic.score()
-    score_floor = (1 + g) * 2 * head_dim * arithmetic.floor
+    g = arithmetic.score
+    score_floor = (1 + g) * 2 * arithmetic.head_dim * arithmetic.floor
     theta = model.scale_error
     if 0 < c < 2 * model.work.smallest_normal:
         theta += 2 * arithmetic.floor / c
-    t = (query * (scale * LOG2_E)) @ key.swapaxes(-1, -2)
-    magnitude = np.abs(t)
-    key_size = lifted_magnitude(key, fmt, arithmetic.fused)
-    query_size = lifted_magnitude(query, fmt, arithmetic.fused)
+    b = LN_2 * (1 + u)  # r counts in natural units of the exponent from here on, times b
     if model.scale_into_query:
-        r = (query_size * (c * (1 + theta) * g)) @ key_size.swapaxes(-1, -2)
-        query_floor = fmt.underflow_error() + 2 * arithmetic.floor
-        r += (1 + g) * query_floor * key_size.sum(axis=-1)[:, None, :] + score_floor
+        r = exact.products * (b * c * (1 + theta) * g)
+        query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
+        if arithmetic.fused:  # the scaled query may be subnormal where the query is not
+            query_floor += g * arithmetic.fmt.smallest_normal
+        r += sequences.scores(np.full_like(sizes.query, b * (1 + g) * query_floor), sizes.key) + b * score_floor
     else:
         factor = c * (1 + theta) * (1 + u)
-        r = (query_size * (factor * g)) @ key_size.swapaxes(-1, -2)
-        r += magnitude * (u * (1 + theta))
-        r += factor * score_floor + arithmetic.floor
+        r = exact.products * (b * factor * g)
+        r += exact.magnitude * (b * u * (1 + theta))
+        r += b * (factor * score_floor + arithmetic.floor)
+    if exact.hidden is not None:
+        np.copyto(r, 0.0, where=exact.hidden)
 
-    seen_t = t if everything else np.where(visible, t, -np.inf)
-    peak = seen_t.max(axis=-1)
-    seen = peak > -np.inf
-    peak = np.where(seen, peak, 0.0)
-    gap = peak[..., None] - t
-    if not everything:
-        gap *= visible
-        r *= visible
-    weight = np.exp2(seen_t - peak[..., None])
-    total = np.where(seen, weight.sum(axis=-1), 1.0)
-    weight /= total[..., None]
-    # A constant that may have been flushed says nothing about the order of the logits.
-    uncertainty = r / (1 - theta) if theta < 0.5 else np.full_like(r, 1e300)
-    way = path(t, uncertainty, visible, tiles, _step(arithmetic))
+    way = ONE_TILE
+    if any(len(order.starts) > 1 for order in tiles):
+        # A constant that may have been flushed says nothing about the order of the logits.
+        uncertainty = r * (1 / (1 - theta) / b) if theta < 0.5 else np.full_like(r, 1e300)
+        bounds = np.empty((2, *r.shape))
+        np.add(exact.logit, uncertainty, out=bounds[0])
+        np.subtract(exact.logit, uncertainty, out=bounds[1])
+        way = path(bounds, seen.splits, sequences.rows, tiles)
+    rescaling = arithmetic.rescaling(seen, way)
 
     # (3) A factor common to all logits acts through the gap only; differences telescope.
-    tau = theta * gap
-    tau += r
-    tau_max = tau.max(axis=-1)[..., None]
-    systematic = -math.log1p(-model.exp2_error) * way.exps
-    if model.merge == "lse":
-        systematic = systematic + _stored_lse(gap, magnitude, peak, tau_max, arithmetic, way)
-    exponent = gap * (LN_2 * u)
-    exponent += tau * (LN_2 * (1 + u))
-    exponent += (LN_2 * u * (3 if model.contraction else 1)) * tau_max
-    exponent += systematic
-    deviation = expm1_bound(exponent)
-    shift = theta * np.abs(peak)
-    reach = shift + tau_max[..., 0]
-    shared = deviation
+    exponent = exact.gap * (theta * b)
+    exponent += r  # tau
+    tau_max = exponent.max(axis=-1) / b
+    exponentials = -math.log1p(-model.exp2_error) * way.exps  # [..., rows, splits, tiles of a split], or one number
+    of_rows = LN_2 * u * (3 if model.contraction else 1) * tau_max
+    exponent += np.multiply(exact.gap, LN_2 * u, out=r)
+    add_to_keys(exponent, of_rows[..., None, None] + exponentials, sequences.rows, tiles)
+    shared: Float64Array | None = None
     if arithmetic.confidence is not None:
-        shared = np.minimum(expm1_bound(LN_2 * theta * gap + systematic), deviation)
-    return Weights(visible, weight, gap, peak, total, exponent, deviation, shared, shift, reach, way)
-
-
-def _step(arithmetic: Arithmetic) -> int:
-    return arithmetic.products_per_step if arithmetic.fused else 1
+        shared = exact.gap * (LN_2 * theta)
+        add_to_keys(shared, exponentials, sequences.rows, tiles)
+    if model.merge == "lse":
+        stored = _stored_lse(exact, column(tau_max), arithmetic, seen, rescaling)
+        exponent += stored
+        shared = None if shared is None else shared + stored
+    largest = float(exponent.max())
+    phi = expm1_bound(exponent, largest)
+    shared = phi if shared is None else np.minimum(expm1_bound(shared, largest), phi)
+    shift = theta * np.abs(exact.peak)
+    return Deviations(exponent, largest, phi, shared, shift, shift + tau_max, way, rescaling)
 
 
 def _stored_lse(
-    gap: Float64Array,
-    magnitude: Float64Array,
-    peak: Float64Array,
-    tau_max: Float64Array,
-    arithmetic: Arithmetic,
-    way: Path,
+    exact: Softmax, tau_max: Float64Array, arithmetic: Arithmetic, seen: Counts, rescaling: Error
 ) -> Float64Array:
     """(8) What merging through stored log-sum-exps adds to the exponent; it is not shift invariant."""
     model, u = arithmetic.model, arithmetic.u
-    spread = np.log2(np.maximum(way.split_keys * way.splits, 1))[..., None]
-    level = np.maximum(magnitude, np.abs(peak)[..., None]) + spread + tau_max + 1
-    octaves = 3 * u * level + u * (gap + spread + tau_max) + model.log2_error * (1 + spread)
-    row_sum = -np.log1p(-np.minimum(arithmetic.row_sum(way), 0.5))[..., None]
+    spread = np.log2(np.maximum(column(seen.split_keys) * column(seen.splits), 1))
+    level = np.maximum(exact.magnitude, np.abs(exact.peak)[..., None]) + spread + tau_max + 1
+    octaves = 3 * u * level + u * (exact.gap + spread + tau_max) + model.log2_error * (1 + spread)
+    row_sum = -np.log1p(-np.minimum(column(arithmetic.row_sum(seen, rescaling)), 0.5))
     added: Float64Array = LN_2 * octaves + row_sum
-    return np.where((way.splits > 1)[..., None], added, 0.0)
+    return np.where(column(seen.splits) > 1, added, 0.0)
 
 
-def p_rounding(weights: Weights, arithmetic: Arithmetic) -> Float64Array | float:
+def p_rounding(exact: Softmax, arithmetic: Arithmetic) -> Error:
     """(4) Relative error of rounding the weight of each key to P's format, underflow included.
 
     P is rounded relative to a running maximum that is not above the final one, so it is at least 2**-gap;
@@ -146,10 +122,10 @@ def p_rounding(weights: Weights, arithmetic: Arithmetic) -> Float64Array | float
     """
     if not arithmetic.rounds_p:
         return 0.0
-    fmt, mode = arithmetic.model.format_of_p(arithmetic.fmt), arithmetic.model.p_rounding
+    fmt, mode = arithmetic.p_format, arithmetic.model.p_rounding
     relative = fmt.unit_roundoff(mode)
-    if weights.gap.size == 0 or weights.gap.max() < -fmt.emin:
+    if exact.largest_gap < -fmt.emin:
         return relative
     with np.errstate(over="ignore"):
-        absolute = fmt.underflow_error(mode) * np.exp2(weights.gap)
+        absolute = fmt.underflow_error(mode) * np.exp2(exact.gap)
     return np.clip(absolute, relative, 1.0)

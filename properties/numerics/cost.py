@@ -1,0 +1,162 @@
+"""What the error budget costs beside the oracle: CPU time of both on the same calls.
+
+    python -m properties.numerics.cost [--cases 120] [--seed 0] [--repeats 9] [--alarm]
+
+The calls are those of cases drawn as ``verify`` draws them, and a few larger ones. Three things are timed: the
+softmax of the oracle (``references.attention``, its explicit loops and nothing else), the oracle as the laws run it
+(``references.kv_cache.step``, which also decodes bit patterns and appends slot by slot), and the budgets of out and
+lse with their overflow classes, of all calls of a case at once as the laws ask for them. A case is timed again and
+again, the three in turn, and the least of each counts, so that other work on the machine matters little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from properties import answers
+from properties.case import Case
+from properties.schedule import PlannedStep, problem
+from properties.strategies import cases
+from properties.subjects import Subject, activate
+from references.arithmetic_model import INTERPRETER
+from references.attention import attention, visible_keys
+from references.error_bounds import Sequence, budgets
+from references.kv_cache import ReferenceCache
+from references.rounding import round_to
+from references.tiling import tiling
+
+ALARM_LAMBDA = 6.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sequences of a case, and its oracle as a whole."""
+
+    sequences: list[Sequence]
+    is_causal: bool
+    scale: float
+    fmt: str
+    whole: Callable[[], object] | None
+
+    def oracle(self) -> None:
+        """The softmax of every sequence."""
+        for one in self.sequences:
+            attention(one.query, one.key, one.value, is_causal=self.is_causal, scale=self.scale)
+
+    def budgets(self) -> None:
+        """The gate of every sequence."""
+        budgets(self.sequences, scale=self.scale, fmt=self.fmt, model=INTERPRETER)
+
+    def alarms(self) -> None:
+        """Gate and alarm of every sequence."""
+        budgets(self.sequences, scale=self.scale, fmt=self.fmt, model=INTERPRETER, alarm_lambda=ALARM_LAMBDA)
+
+
+def drawn(count: int, seed_of_run: int) -> list[Case]:
+    """As many cases as asked for."""
+    found: list[Case] = []
+    options = settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+    @seed(seed_of_run)
+    @options
+    @given(case=cases())
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found[:count]
+
+
+def work_of(case: Case, subject: Subject) -> Work:
+    """Everything a case asks of the references."""
+    whole = problem(case)
+
+    def oracle() -> list[tuple[PlannedStep, ReferenceCache | None]]:
+        caches = [answers.reference_cache(whole.initial)]
+        asked = []
+        for step in whole.steps:
+            parent = caches[step.parent]
+            right = answers.results(case, step, parent)
+            if right is not None:
+                asked.append((step, parent))
+            caches.append(parent if right is None else right[2])
+        return asked
+
+    with subject.forced(case):
+        rows = [row for step, parent in oracle() for row in answers.attended(case, subject, step, parent)]
+    return Work([row for row in rows if row.query.size], case.is_causal, case.softmax_scale, case.dtype, oracle)
+
+
+LARGER = {
+    "prompt: 4 heads, 256 tokens, head_dim 64": (4, 4, 256, 256, 64),
+    "chunk: 8:2 heads, 64 queries on 512 keys, head_dim 64": (8, 2, 64, 512, 64),
+    "decode: 32:8 heads, 2,048 keys, head_dim 128": (32, 8, 1, 2048, 128),
+    "decode: 1 head, 32,768 keys, head_dim 64": (1, 1, 1, 32768, 64),
+}
+
+
+def larger(name: str) -> Work:
+    """One call of a server's size in float16."""
+    num_q_heads, num_kv_heads, q_len, kv_len, head_dim = LARGER[name]
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        round_to(rng.standard_normal((heads, length, head_dim)), "float16")
+        for heads, length in ((num_q_heads, q_len), (num_kv_heads, kv_len), (num_kv_heads, kv_len))
+    )
+    visible = visible_keys(q_len, kv_len, True)
+    one = Sequence(query, key, value, visible, tiling(kv_len - q_len, q_len, 64, 512))
+    return Work([one], True, head_dim**-0.5, "float16", None)
+
+
+def timed(works: list[Work], repeats: int, with_alarm: bool) -> tuple[float, float, float]:
+    """CPU milliseconds of the softmax, of the whole oracle and of the budgets."""
+    totals = np.zeros(3)
+    for work in works:
+        functions = (work.oracle, work.whole or work.oracle, work.alarms if with_alarm else work.budgets)
+        least = np.full(3, np.inf)
+        for _ in range(repeats):
+            for place, function in enumerate(functions):
+                began = time.process_time()
+                function()
+                least[place] = min(least[place], time.process_time() - began)
+        totals += least
+    softmax, whole, budget = 1e3 * totals
+    return float(softmax), float(whole), float(budget)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a table."""
+    parser = argparse.ArgumentParser(prog="python -m properties.numerics.cost", description=__doc__)
+    parser.add_argument("--cases", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--alarm", action="store_true", help="the alarm as well as the gate")
+    arguments = parser.parse_args(argv)
+    subject = activate("flashcore")
+    several = [work_of(case, subject) for case in drawn(arguments.cases, arguments.seed)]
+    calls = sum(len(work.sequences) for work in several)
+    sets = {f"{len(several)} drawn cases, {calls} sequences": several} | {name: [larger(name)] for name in LARGER}
+    print("| CPU time | softmax of the oracle | the oracle | budgets | budgets / softmax | budgets / oracle |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name, works in sets.items():
+        softmax, whole, budget = timed(works, arguments.repeats, arguments.alarm)
+        ratios = f"{budget / softmax:.2f} | {budget / whole:.2f}"
+        print(f"| {name} | {softmax:.1f} ms | {whole:.1f} ms | {budget:.1f} ms | {ratios} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
