@@ -27,6 +27,7 @@ from properties.transformations import (
     with_permuted_keys,
 )
 from properties.variants import finite, not_causal, on_the_lattice, one_call, plain, with_values
+from properties.visible import largest_logits
 
 
 @given(case=cases(max_steps=1, causal=(False,), runs=2))
@@ -124,6 +125,17 @@ def test_lse_is_monotone_in_the_visible_set(case: Case) -> None:
         budget = allowed.lse_budget + also.lse_budget
         comparable = allowed.overflow_free & also.overflow_free
         assert_near("lse", some, lowest, some.lse_values, budget, comparable, "all keys and some of them")
+
+
+@asks("lse")
+@given(case=cases(max_steps=2))
+def test_lse_lies_between_the_largest_logit_and_ln_n_above_it(case: Case) -> None:
+    made = run(finite(case))
+
+    for step, (got, allowed) in zip((s for s in made.steps if s.got), expected_outputs(made), strict=True):
+        nearest = np.clip(got.lse_values, *largest_logits(made, step))
+        comparable = allowed.overflow_free
+        assert_near("lse", got, got.lse_values, nearest, allowed.lse_budget, comparable, "an LSE and its limits")
 
 
 @asks("lse")

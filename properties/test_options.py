@@ -16,7 +16,7 @@ from properties.variants import steady
 WITH_CACHE = ("attention_with_kv_cache",)
 
 
-@asks("cache", "tiles", "lse", "bits across runs")
+@asks("cache in place", "tiles", "lse", "bits across runs")
 @given(case=cases(ops=WITH_CACHE, min_rows=1, min_steps=2, runs=4, overflow=False))
 def test_a_call_with_other_options_leaves_nothing_behind(case: Case) -> None:
     """Another scale, mask, tile, layout or plan on the same cache changes no bit of the calls between."""

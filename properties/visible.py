@@ -47,6 +47,29 @@ def visible_values(made: Run, step: StepRun) -> tuple[Float64Array, Float64Array
     return low, high, (counts > 0)[:, None, :, None]
 
 
+def largest_logits(made: Run, step: StepRun) -> tuple[Float64Array, Float64Array]:
+    """The largest logit that each query sees and that plus ln of their number, [batch, num_q_heads, q_len].
+
+    Both are -inf where it sees none.
+    """
+    case, planned = made.case, step.plan
+    past = histories(made.problem)[planned.index]
+    largest = np.full(planned.query.shape[:3], -np.inf)
+    counts = visible_counts(planned, case.is_causal)
+    for b, keys in enumerate(planned.kv_lens):
+        key = planned.key[b, :, : keys - planned.seq_lens[b]]
+        if past is not None:
+            key = np.concatenate([past.key[b, :, : planned.seq_lens[b]], key], axis=1)
+        rows = np.repeat(decode(key, case.dtype), case.group_size, axis=0)  # [num_q_heads, keys, head_dim]
+        seen = np.flatnonzero(counts[b])
+        if seen.size:
+            query = decode(planned.query[b], case.dtype)[:, seen]
+            logits = case.softmax_scale * np.einsum("hqd,hkd->hqk", query, rows)
+            hidden = np.arange(keys) >= counts[b][seen][:, None]
+            largest[b][:, seen] = np.where(hidden, -np.inf, logits).max(axis=2)
+    return largest, largest + np.log(np.maximum(counts, 1))[:, None]
+
+
 def reached_by(case: Case, planned: PlannedStep) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The elements of output and log-sum-exp that a patched key or value can reach.
 

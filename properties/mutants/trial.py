@@ -24,7 +24,7 @@ KILLED, SURVIVED, UNSOUND = "killed", "survived", "unsound"
 # Of a law's cases, the share tried before the next law is.
 FIRST_LOOK = 0.2
 FIRST_LOOK_AT_OTHERS = 0.05
-SIBLING_SECONDS = 6.0
+SIBLING_SECONDS = 2.0
 BASELINE_SECONDS = 120.0
 
 

@@ -23,7 +23,8 @@ from references.lattice import lattice_scale
 Fields = dict[str, Any]
 
 _COMMON_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-_HEAD_DIMS = _COMMON_HEAD_DIMS * 40 + (1,) * 10 + tuple(range(1, 257))
+# One past a power of two: the columns of a tile, which are one, change their number.
+_HEAD_DIMS = _COMMON_HEAD_DIMS * 40 + (1,) * 10 + tuple(range(1, 257)) + (17, 33, 65, 129) * 4
 _SCALES = (None, None, None, 1.0, 0.125, 0.3, -0.5, 0.0)
 _LATTICE_SCALES = tuple(lattice_scale(j) for j in range(LATTICE_EXPONENTS))
 # Families whose point is where their logits lie: another scale would move them.

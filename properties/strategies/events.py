@@ -61,6 +61,7 @@ SHAPES = (
     "head_dim padded",
     "head_dim padded and a multiple of 8",
     "head_dim odd",
+    "head_dim one past a power of two",
     "head_dim above 128",
 )
 
@@ -164,6 +165,8 @@ def _of_shape(case: Case, calls: list[Outline]) -> Iterator[str]:
         yield "head_dim padded and a multiple of 8"
     if d % 2:
         yield "head_dim odd"
+    if d > 16 and (d - 1) & (d - 2) == 0:
+        yield "head_dim one past a power of two"
     if d > 128:
         yield "head_dim above 128"
 
