@@ -91,6 +91,7 @@ OPTIONS = (
     "causal",
     "not causal",
     "causal with several queries and cached keys",
+    "causal with two queries",
     "scale default",
     "scale 0",
     "scale negative",
@@ -263,6 +264,8 @@ def _of_options(case: Case) -> Iterator[str]:
     yield "causal" if case.is_causal else "not causal"
     if case.is_causal and any(call.q_len > 1 and max(call.seq_lens, default=0) for call in outline(case)):
         yield "causal with several queries and cached keys"
+    if case.is_causal and any(call.q_len == 2 and 2 in call.new_lens for call in outline(case)):
+        yield "causal with two queries"
     if case.scale is None:
         yield "scale default"
     else:

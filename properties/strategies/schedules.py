@@ -14,10 +14,10 @@ from properties.strategies.choices import Draw, choose
 from properties.strategies.sizes import Size
 
 # One token or none first, then where tails end and begin, then the inside of a tile.
-_NEW_OFFSETS = (1, 0, -1, 1, 0, -1, *range(2, 15))
+_NEW_OFFSETS = (1, 0, -1, 1, 0, -1, 2, *range(2, 15))
 _CACHED_OFFSETS = (0, 1, -1) * 4 + tuple(range(2, 15))
 _LATER_LENGTHS = (
-    *((0, 1), (0, 0), (0, 2), (0, 3), (0, 5), (0, 0), (0, 15)),
+    *((0, 1), (0, 0), (0, 2), (0, 2), (0, 3), (0, 5), (0, 0), (0, 15)),
     *((1, 0), (1, 1), (1, -1), (2, 0), (2, 1)),
 )
 _UIDS = tuple(range(16))
