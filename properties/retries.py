@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +12,7 @@ from properties.assertions import LawViolation, describe
 from properties.case import Case
 from properties.subjects import Subject
 
-KINDS = ("scale", "mask", "tile", "lse", "query", "key", "value", "plan")
+KINDS = ("scale", "mask", "tile", "lse", "query", "key", "value")
 
 
 def among_others(subject: Subject, case: Case) -> Subject:
@@ -29,13 +25,10 @@ def among_others(subject: Subject, case: Case) -> Subject:
     """
     subject.capabilities.require(replace(case, scale=0.75, is_causal=not case.is_causal))
     function = subject.attention_with_kv_cache
-    plans = list(subject.paths.values())
     calls = itertools.count(case.seed)
 
     def call(*tensors: Any, **options: Any) -> Any:
-        turn = next(calls)
-        kind, like, other = KINDS[turn % len(KINDS)], list(tensors), dict(options)
-        forced: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        kind, like, other = KINDS[next(calls) % len(KINDS)], list(tensors), dict(options)
         match kind:
             case "scale":
                 other["scale"] = 0.75
@@ -45,17 +38,29 @@ def among_others(subject: Subject, case: Case) -> Subject:
                 other["block_n"] = 16 if options.get("block_n") != 16 else 32
             case "lse":
                 other["return_lse"] = not options["return_lse"]
-            case "plan":
-                forced = partial(plans[turn // len(KINDS) % len(plans)], case) if plans else forced
             case _:
                 position = ("query", "key", "value").index(kind)
                 like[position] = _gapped(tensors[position])
-        with forced():
-            function(*like, **other)
+        function(*like, **other)
         result = function(*tensors, **options)
-        with forced():
-            function(*like, **other)
+        function(*like, **other)
         return result
+
+    return replace(subject, attention_with_kv_cache=call, is_disturbed=True)
+
+
+def among_plans(subject: Subject, case: Case) -> Subject:
+    """Before every call the same one is made with each of the subject's kernels, beginning with any of them."""
+    function = subject.attention_with_kv_cache
+    paths = list(subject.paths.values())
+    first = case.seed % max(1, len(paths))
+
+    def call(*tensors: Any, **options: Any) -> Any:
+        for forced in paths[first:] + paths[:first]:
+            with forced(case):
+                function(*tensors, **options)
+        with subject.forced(case):
+            return function(*tensors, **options)
 
     return replace(subject, attention_with_kv_cache=call, is_disturbed=True)
 

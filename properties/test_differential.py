@@ -6,11 +6,13 @@ from hypothesis import given
 
 from properties.assertions import assert_same_outputs
 from properties.case import Case
-from properties.checking import assert_no_findings, check_values
+from properties.checking import assert_no_findings, check_run, check_values
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import aim, cases
-from properties.variants import decoding
+from properties.variants import across_a_split, decoding, steady
+
+WITH_CACHE = ("attention_with_kv_cache",)
 
 
 @given(case=cases())
@@ -63,9 +65,18 @@ def test_attention_without_a_cache_lies_within_the_error_budget(case: Case) -> N
     aim(out=used.out, lse=used.lse)
 
 
-@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, several_splits=True, overflow=False))
+@given(case=cases(ops=WITH_CACHE, min_rows=1, several_splits=True, overflow=False))
 def test_decode_over_several_splits_lies_within_the_error_budget(case: Case) -> None:
     """What a server does all day: one token a row, rows of unequal numbers of splits."""
     used = check_values(run(decoding(case)))
 
     aim(out=used.out, lse=used.lse)
+
+
+@asks("cache in place")
+@given(case=cases(ops=WITH_CACHE, min_rows=1, min_steps=4, several_splits=True, overflow=False))
+def test_a_steady_stream_of_calls_is_right_to_the_byte(case: Case) -> None:
+    """Calls that a kernel may prepare once and repeat, across the edges of tiles and splits."""
+    case = steady(case)
+
+    check_run(run(across_a_split(case) if case.seed % 2 else case))

@@ -26,8 +26,19 @@ from properties.transformations import (
     with_newest_token_edited,
     with_permuted_keys,
 )
-from properties.variants import finite, not_causal, on_the_lattice, one_call, plain, with_values
+from properties.variants import decoding, finite, not_causal, on_the_lattice, one_call, plain, with_values
 from properties.visible import largest_logits
+
+
+def assert_only_the_lse_moves(case: Case) -> None:
+    given = problem(case)
+    shift = 256.0 * (-1) ** case.seed
+    level = [with_key_offset(given, query=2.0, key=offset) for offset in (0.0, shift)]
+    pairs = zip(*(expected_outputs(run(each)) for each in level), strict=True)
+
+    for (one, allowed), (other, also) in pairs:
+        moves = 2.0 * shift * case.softmax_scale
+        assert_close(one, other, (allowed, also), "level and shifted logits", lse_moves_by=moves)
 
 
 @given(case=cases(max_steps=1, causal=(False,), runs=2))
@@ -50,14 +61,13 @@ def test_permuting_keys_changes_no_bit_on_the_lattice(case: Case) -> None:
 @given(case=cases(max_steps=2, runs=2))
 def test_a_constant_on_all_logits_moves_only_the_lse(case: Case) -> None:
     """Keys shifted along the query, by far more than exp takes: the output stays, the LSE moves by the shift."""
-    given = problem(finite(case))
-    shift = 256.0 * (-1) ** case.seed
-    level = [with_key_offset(given, query=2.0, key=offset) for offset in (0.0, shift)]
-    pairs = zip(*(expected_outputs(run(each)) for each in level), strict=True)
+    assert_only_the_lse_moves(finite(case))
 
-    for (one, allowed), (other, also) in pairs:
-        moves = 2.0 * shift * case.softmax_scale
-        assert_close(one, other, (allowed, also), "level and shifted logits", lse_moves_by=moves)
+
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, several_splits=True, runs=2, overflow=False))
+def test_a_constant_on_all_logits_moves_only_the_lse_over_several_splits(case: Case) -> None:
+    """Also where no part of a row holds a logit near 0."""
+    assert_only_the_lse_moves(decoding(finite(case)))
 
 
 @asks("declared arithmetic")

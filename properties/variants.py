@@ -296,13 +296,15 @@ def limits_around(case: Case) -> list[Case]:
 
 
 def steady(case: Case) -> Case:
-    """Every row brings as many tokens a step as the first one, unpadded and stored; aligned memory, enough slots.
+    """After the first call all bring as many tokens, every row alike, none padding, all stored; in aligned memory.
 
-    Calls of a server between two arrivals: what a kernel can prepare once and repeat.
+    Calls of a server between two arrivals, or of one that speculates: what a kernel can prepare once and repeat.
     """
-    if case.op == "attention":
+    if case.op == "attention" or not case.rows:
         return case
-    rows = tuple(replace(row, new=case.rows[0].new) for row in case.rows)
+    first, *later = case.rows[0].new
+    each = (2 if case.seed % 4 == 0 else max(1, later[0]),) * len(later) if later else ()
+    rows = tuple(replace(row, new=(first, *each)) for row in case.rows)
     most = max(1, max((row.cached + sum(row.new) for row in rows), default=0))
     steps = tuple(Step(parent=step.parent) for step in case.steps)
     return contiguous(
@@ -314,6 +316,26 @@ def steady(case: Case) -> Case:
             capacity=case.capacity and max(most, case.capacity),
             cache_max_len=max(most, case.cache_max_len),
         )
+    )
+
+
+def across_a_split(case: Case) -> Case:
+    """Every row has one cached key in a split that was not there a call before, when the last call comes.
+
+    Of a case whose splits are forced.
+    """
+    if case.op == "attention" or case.kv_split_size is None:
+        return case
+    rows = tuple(
+        replace(row, cached=row.cached + (1 - row.cached - sum(row.new[:-1])) % case.kv_split_size) for row in case.rows
+    )
+    most = max((row.cached + sum(row.new) for row in rows), default=0)
+    return replace(
+        case,
+        rows=rows,
+        start="tuple" if case.start == "empty" else case.start,
+        capacity=max(1, most, case.capacity),
+        cache_max_len=max(1, most, case.cache_max_len),
     )
 
 

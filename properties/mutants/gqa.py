@@ -91,6 +91,6 @@ MUTANTS = (
                 "scratch = (b64 * num_kv_heads + h * group_size) * grid_splits",
             ),
         ),
-        VALUES,
+        ("decode_over_several_splits", "a_row_alone", *VALUES),
     ),
 )

@@ -6,7 +6,7 @@ from properties.mutants.mutant import CACHE, RELAUNCH, TUNING, WRAPPER, Edit, Mu
 
 OTHERS = ("other_options",)
 REFUSED = ("whatever_was_called_before",)
-STEPS = ("within_the_error_budget", "append_stores")
+STEPS = ("steady_stream", "within_the_error_budget", "append_stores")
 
 _OPTIONS = "(cache_max_len, block_m, block_n, scale, is_causal, num_query_heads, num_kv_heads, return_lse)"
 
@@ -42,7 +42,7 @@ MUTANTS = (
     _without_field("F208", "query.stride(), query.dtype, ", "query.stride(), ", "the dtype of the query", REFUSED),
     _without_field("F209", "value.shape, ", "", "the shape of the value", REFUSED),
     _without_field("F210", "options, types,", "options,", "the types of options", REFUSED),
-    _without_field("F211", "tuning.generation(), ", "", "a forced plan", OTHERS),
+    _without_field("F211", "tuning.generation(), ", "", "a forced plan", ("another_kernel",)),
     Mutant(
         "F212",
         "STATE",
@@ -63,7 +63,7 @@ MUTANTS = (
                 'lens_out = self.__dict__.setdefault("kept", buffers.empty(self.lens_shape, torch.int32, self.device))',
             ),
         ),
-        ("nothing_else_is_written", *STEPS),
+        STEPS,
     ),
     Mutant(
         "F214",
@@ -77,7 +77,7 @@ MUTANTS = (
                 'out = self.__dict__.setdefault("kept", buffers.empty(self.out_shape, self.dtype, self.device))',
             ),
         ),
-        ("nothing_else_is_written", *STEPS),
+        STEPS,
     ),
     Mutant(
         "F215",
@@ -91,7 +91,7 @@ MUTANTS = (
                 "max(2, plan.num_splits(cache.max_len or 0)), query",
             ),
         ),
-        ("nothing_else_is_written", *STEPS),
+        STEPS,
     ),
     Mutant(
         "F216",
@@ -129,7 +129,7 @@ MUTANTS = (
                 "    finally:\n        _forced = before\n        _generation -= 1\n",
             ),
         ),
-        OTHERS,
+        ("another_kernel",),
     ),
     Mutant(
         "F220",
@@ -137,7 +137,7 @@ MUTANTS = (
         "arrival counters are as many as the first call needed",
         "one KVCache, calls of more row tiles",
         (Edit(CACHE, "if self._arrivals is None or self._arrivals.numel() < count:", "if self._arrivals is None:"),),
-        ("nothing_else_is_written", "decode_over_several_splits"),
+        ("steady_stream", "decode_over_several_splits"),
     ),
     Mutant(
         "F221",

@@ -159,7 +159,7 @@ MUTANTS = (
                 "m_s = tl.load(partial_m_ptr + theirs, mask=exists, other=0.0)",
             ),
         ),
-        VALUES,
+        ("lse_over_several_splits", *VALUES),
     ),
     Mutant(
         "F33",

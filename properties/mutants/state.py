@@ -6,6 +6,7 @@ from properties.mutants.mutant import CACHE, PRIMITIVES, RELAUNCH, SPLIT_KV, WRA
 
 VALUES = ("within_the_error_budget",)
 BYTES = ("append_stores", "within_the_error_budget")
+REPEATED = ("steady_stream", "within_the_error_budget")
 INPUTS = ("nothing_else_is_written",)
 
 _RESULT = "    cache = owner if update_cache else None\n"
@@ -97,7 +98,7 @@ MUTANTS = (
         "a repeated launch keeps the first one's bound of the lengths",
         "a KVCache's third decode step",
         (Edit(RELAUNCH, '"seq_lens_ptr": lens, "max_cached": bound,', '"seq_lens_ptr": lens,'),),
-        VALUES,
+        REPEATED,
     ),
     Mutant(
         "F85",
@@ -105,7 +106,7 @@ MUTANTS = (
         "a repeated launch's cache keeps the bound it had before",
         "a KVCache's third decode step",
         (Edit(RELAUNCH, "past.appended(lens_out, bound + self.q_len)", "past.appended(lens_out, bound)"),),
-        VALUES,
+        REPEATED,
     ),
     Mutant(
         "F86",
@@ -113,7 +114,7 @@ MUTANTS = (
         "a repeated launch keeps the first one's number of splits",
         "decode steps across a split's edge",
         (Edit(RELAUNCH, '        named["grid_splits"] = grid_splits\n', ""),),
-        ("decode_over_several_splits", *VALUES),
+        REPEATED,
     ),
     Mutant(
         "F87",
@@ -137,7 +138,7 @@ MUTANTS = (
         "a repeated launch reads the lengths of the first",
         "a KVCache's third decode step",
         (Edit(RELAUNCH, '"seq_lens_ptr": lens, "max_cached"', '"max_cached"'),),
-        VALUES,
+        REPEATED,
     ),
     Mutant(
         "F90",
@@ -145,7 +146,7 @@ MUTANTS = (
         "a repeated launch adds the values of the first",
         "a KVCache's third decode step",
         (Edit(RELAUNCH, '"k_new_ptr": key, "v_new_ptr": value,', '"k_new_ptr": key,'),),
-        VALUES,
+        REPEATED,
     ),
     Mutant(
         "F91",
