@@ -10,7 +10,7 @@ from properties.checking import assert_no_findings, check_run, check_values
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import aim, cases
-from properties.variants import across_a_split, decoding, steady
+from properties.variants import across_a_split, decoding, ragged_stream, steady
 
 WITH_CACHE = ("attention_with_kv_cache",)
 
@@ -80,3 +80,10 @@ def test_a_steady_stream_of_calls_is_right_to_the_byte(case: Case) -> None:
     case = steady(case)
 
     check_run(run(across_a_split(case) if case.seed % 2 else case))
+
+
+@asks("cache in place")
+@given(case=cases(ops=WITH_CACHE, min_rows=2, min_steps=4, several_splits=True, runs=2, overflow=False))
+def test_a_ragged_stream_of_calls_is_right_to_the_byte(case: Case) -> None:
+    """Calls of which none is like the one before: no bound, counter or scratch of a smaller one is enough."""
+    check_run(run(ragged_stream(case)))

@@ -319,6 +319,18 @@ def steady(case: Case) -> Case:
     )
 
 
+def ragged_stream(case: Case) -> Case:
+    """After the first call each row of each call brings another number of tokens, in one row tile of 16 or two."""
+    if case.op == "attention":
+        return case
+    counts = (1, 0, 2, 17)
+    rows = tuple(
+        replace(row, new=(row.new[0], *(counts[(b + s + case.seed) % 4] for s in range(1, len(row.new)))))
+        for b, row in enumerate(case.rows)
+    )
+    return roomy(with_tiles(replace(case, rows=rows), 16, case.block_n, case.kv_split_size))
+
+
 def across_a_split(case: Case) -> Case:
     """Every row has one cached key in a split that was not there a call before, when the last call comes.
 

@@ -137,7 +137,7 @@ MUTANTS = (
         "arrival counters are as many as the first call needed",
         "one KVCache, calls of more row tiles",
         (Edit(CACHE, "if self._arrivals is None or self._arrivals.numel() < count:", "if self._arrivals is None:"),),
-        ("steady_stream", "decode_over_several_splits"),
+        ("ragged_stream", *STEPS),
     ),
     Mutant(
         "F221",
@@ -151,7 +151,7 @@ MUTANTS = (
                 "self.q_len if self.new is None else min(self.new, default=0))",
             ),
         ),
-        STEPS,
+        ("ragged_stream", *STEPS),
     ),
     Mutant(
         "F222",
