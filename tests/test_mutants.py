@@ -12,7 +12,7 @@ import pytest
 from properties import laws
 from properties.case import Case
 from properties.exploring import Failure
-from properties.mutants import catalogue, record, trial
+from properties.mutants import catalogue, record, report, trial
 from properties.mutants.catalogue import ALL, select
 from properties.mutants.mutant import ROOT, AnchorError, Edit, Mutant, edited, write_mutated
 from properties.mutants.trial import KILLED, SURVIVED, UNSOUND, Verdict
@@ -98,10 +98,10 @@ class _Stub:
         return self.report
 
 
-@pytest.mark.parametrize(("report", "outcome"), [(None, KILLED), ("out exceeds its budget", UNSOUND)])
-def test_a_case_that_the_shipped_source_fails_too_is_no_kill(report: str | None, outcome: str) -> None:
+@pytest.mark.parametrize(("found", "outcome"), [(None, KILLED), ("out exceeds its budget", UNSOUND)])
+def test_a_case_that_the_shipped_source_fails_too_is_no_kill(found: str | None, outcome: str) -> None:
     verdict = Verdict(HARMLESS)
-    trial._judge(verdict, Failure("law", Case(), "out", ""), _Stub(report))  # type: ignore[arg-type]
+    trial._judge(verdict, Failure("law", Case(), "out", ""), _Stub(found))  # type: ignore[arg-type]
 
     assert verdict.outcome == outcome
 
@@ -142,6 +142,24 @@ def test_a_resumed_run_keeps_the_verdicts_of_mutants_that_are_still_the_same(tmp
     changed = replace(first, edits=(replace(first.edits[0], replacement="        if MASK_N and MASK_D:\n"),))
     assert record.known(path, [changed], {"profile": "ci"}) == {}
     assert record.known(None, [first], {}) == record.known(tmp_path / "none.json", [first], {}) == {}
+
+
+def test_the_document_shows_survivors_first_and_what_other_suites_miss() -> None:
+    killed, survivor, neutral = select(["M01", "M12", "N2"])
+    found = {"four tests at 1e-3": False, "grid at 1.5e-2": True}
+    verdicts = (
+        Verdict(killed, KILLED, ("a_law", "another"), "out", 3, 2.5, 4.0, Case(), "", found),
+        Verdict(survivor, SURVIVED, cases=9),
+        Verdict(neutral, SURVIVED, cases=50),
+    )
+    text = report.markdown(report.Score(verdicts, (), "two cores", "ci", 70, 12.0), "2000-01-31")
+
+    assert "on 2000-01-31; two cores." in text
+    assert "* 1 of 2 planted faults killed (50 %), half of them within 2.5 s; 70 laws, profile ci" in text
+    assert "* 0 of 1 killed by the four tests at 1e-3\n* 1 of 1 killed by the grid at 1.5e-2" in text
+    assert "* 0 of 1 neutral changes killed, in 50 cases" in text
+    assert text.index("| M12 | MASK") < text.rindex("| M01 | TAIL") < text.index("| N2 | NEUTRAL")
+    assert "| M01 | the padding keys of the last tile take part in the softmax, with score 0 | batch=1" in text
 
 
 def test_a_fault_that_no_law_sees_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from properties.mutants.baselines import BASELINES
 from properties.mutants.mutant import Mutant
 from properties.mutants.trial import KILLED, SURVIVED, UNSOUND, Verdict
+from properties.reduction import size
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def markdown(score: Score, date: str) -> str:
     lines = [
         "# Mutation score",
         "",
-        f"Written by `python -m properties mutants --profile {score.profile} --markdown docs/mutation-score.md` "
-        f"on {date}; {score.description}.",
+        f"Written by `python -m properties mutants --profile {score.profile} --resume --json FILE --markdown "
+        f"docs/mutation-score.md` on {date}; {score.description}. Verdicts of mutants whose text had not changed since "
+        "an earlier run were taken from FILE. Seconds are those of the wall clock, whatever else the machine did.",
         "",
         "Each mutant is a small fault planted in a copy of the kernels or of their Python wrapper "
         "(`properties/mutants/`). It is killed when a law fails on some generated case that the shipped source passes. "
@@ -93,6 +95,13 @@ def markdown(score: Score, date: str) -> str:
         "## By class",
         "",
         *_markdown_table(("class", "killed", *BASELINES), [row.split("|") for row in _class_rows(score)]),
+        "",
+        "## The ten smallest minimal cases",
+        "",
+        *_markdown_table(
+            ("id", "change", "minimal case", "killed by"),
+            [(v.mutant.id, v.mutant.change, v.summary, v.laws[0].replace("_", " ")) for v in _smallest(score)],
+        ),
         "",
         "## Mutants",
         "",
@@ -107,6 +116,12 @@ def markdown(score: Score, date: str) -> str:
     if score.absent:
         lines += ["## Not run here", "", *(f"* {m.id} {m.change}: {m.needs_gpu}." for m in score.absent), ""]
     return "\n".join(lines)
+
+
+def _smallest(score: Score) -> list[Verdict]:
+    """The ten kills with the smallest cases, by the order in which cases are reduced."""
+    killed = [v for v in score.faults if v.outcome == KILLED and v.case is not None]
+    return sorted(killed, key=lambda v: (size(v.case), v.mutant.id) if v.case is not None else ())[:10]
 
 
 def _sorted(verdicts: Sequence[Verdict]) -> list[Verdict]:
