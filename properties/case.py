@@ -131,8 +131,8 @@ class Step(_ShortRepr):
         padding: columns of right padding beyond the longest row: q_len = max(new) + padding.
         update_cache: False attends and stores nothing.
         parent: the cache this call continues from: -1 the newest, 0 the initial one, k the one there was
-            after step k - 1. Only the newest cache and those it was made from may be named: any other
-            shares buffers with the newest one and has been overwritten.
+            after step k - 1. Only the newest cache and those it was made from since the last roll-back may be
+            named: any other shares buffers with the newest one and has been overwritten.
         rollback: tokens each row drops first (never below 0), by passing a shorter seq_lens.
     """
 
@@ -341,12 +341,15 @@ class Case(_ShortRepr):
     def lineage(self, s: int) -> tuple[int, ...]:
         """Caches step s may name as its parent, oldest first, and -1.
 
-        Cache k is the one there is after step k - 1 (which made it or passed it on), cache 0 the initial one.
+        Cache k is the one there is after step k - 1 (which made it or passed it on), cache 0 the initial one. What
+        follows a roll-back overwrites the older caches unless the buffers have grown: they may not be named.
         """
         line = [0]
         for k, step in enumerate(self.steps[:s]):
             if step.parent >= 0:
                 line = line[: line.index(step.parent) + 1]
+            if step.rollback and step.update_cache:
+                line = []
             line.append(k + 1)
         return (*line, -1)
 

@@ -10,13 +10,13 @@ from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.transformations import shuffled
-from properties.variants import alone, permuted, roomy, with_an_idle_row, with_capacity, with_lasting_forks
+from properties.variants import alone, permuted, roomy, with_an_idle_row, with_capacity
 
 
 @asks("bits across batches")
 @given(case=cases(min_rows=2, runs=2, overflow=False))
 def test_a_row_alone_equals_the_row_in_its_batch(case: Case) -> None:
-    case = with_lasting_forks(roomy(case))
+    case = roomy(case)
     together = run(case).outputs
 
     for b in range(case.batch):
@@ -27,7 +27,7 @@ def test_a_row_alone_equals_the_row_in_its_batch(case: Case) -> None:
 @asks("bits across batches")
 @given(case=cases(min_rows=2, runs=2, overflow=False))
 def test_a_row_equals_itself_beside_an_empty_one(case: Case) -> None:
-    case = with_lasting_forks(roomy(case))
+    case = roomy(case)
     beside, before = run(with_an_idle_row(case)).outputs, run(case).outputs
     others = [b for b in range(case.batch) if b != case.seed % case.batch or case.op == "attention"]
 
@@ -47,7 +47,7 @@ def test_permuting_rows_permutes_results(case: Case) -> None:
 @asks("cache", "bits across batches")
 @given(case=cases(ops=("attention_with_kv_cache",), runs=2, overflow=False))
 def test_spare_capacity_changes_nothing(case: Case) -> None:
-    case = with_lasting_forks(roomy(case))
+    case = roomy(case)
     spacious = with_capacity(case, max(case.capacity, case.cache_max_len) + 1 + case.seed)
 
     assert_same_outputs(run(spacious).outputs, run(case).outputs, "a cache with room to spare and without")

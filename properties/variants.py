@@ -136,21 +136,6 @@ def roomy(case: Case) -> Case:
     return replace(case, cache_max_len=max(1, most, case.cache_max_len))
 
 
-def with_lasting_forks(case: Case) -> Case:
-    """Forks go back no further than the last roll-back; those that did continue from the newest cache.
-
-    After a roll-back the next tokens overwrite what older caches hold, unless their buffers were left behind by growth:
-    what such a cache still holds depends on capacity, and so on the other rows.
-    """
-    steps: list[Step] = []
-    oldest = 0
-    for s, step in enumerate(case.steps):
-        steps.append(replace(step, parent=-1) if 0 <= step.parent < oldest else step)
-        if step.rollback:
-            oldest = s + 1
-    return replace(case, steps=tuple(steps))
-
-
 def one_call(case: Case) -> Case:
     """The first call alone, on buffers given at the start (or of op "attention"), with room for its tokens."""
     if case.op == "attention":

@@ -195,6 +195,17 @@ def test_only_ancestors_of_the_newest_cache_may_be_parents() -> None:
         Case(rows=rows, steps=(append, append, back, Step(parent=2)))
 
 
+def test_caches_older_than_a_roll_back_may_not_be_parents() -> None:
+    """The tokens after a roll-back lie where older caches, which may be longer, hold theirs."""
+    rows = (Row(new=(1, 1, 1, 1)),)
+    append, dropping = Step(), Step(rollback=1)
+
+    assert Case(rows=rows, steps=(append, dropping, append, Step(parent=2))).lineage(3) == (2, 3, -1)
+    assert Case(rows=rows, steps=(append, Step(update_cache=False, rollback=1), append, Step(parent=0))).steps
+    with pytest.raises(CaseError, match=r"steps\[3\].parent must be -1 or an ancestor"):
+        Case(rows=rows, steps=(append, dropping, append, Step(parent=0)))
+
+
 def schema_leaves(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
     if "$ref" in node:
         node = SCHEMA["$defs"][node["$ref"].rsplit("/", 1)[1]]

@@ -212,12 +212,3 @@ def test_digest_changes_with_every_kind_of_number() -> None:
 
 def test_digest_ignores_what_is_no_data() -> None:
     assert digest(RAGGED) == digest(Case(**{**vars(RAGGED), "block_n": 16, "query_layout": "gapped"}))
-
-
-def test_lasting_forks_go_back_no_further_than_the_last_roll_back() -> None:
-    steps = (Step(), Step(parent=0), Step(rollback=1), Step(parent=3), Step(parent=2), Step(parent=0))
-    case = Case(rows=(Row(1, (1,) * 6),), steps=steps, start="tuple", capacity=9, cache_max_len=9)
-
-    parents = [step.parent for step in variants.with_lasting_forks(case).steps]
-
-    assert parents == [-1, 0, -1, 3, -1, -1]

@@ -107,6 +107,8 @@ def _steps_from(drafts: list[StepDraft]) -> tuple[Step, ...]:
             line = line[: max(1, len(line) - draft.amount)]
             parent = line[-1]
         rollback = draft.amount if draft.kind == "rollback" else 0
+        if rollback:
+            line = []
         steps.append(Step(draft.padding, draft.kind != "peek", parent, rollback))
         line.append(s + 1)
     return tuple(steps)
