@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -273,3 +274,13 @@ def test_an_adapter_that_attends_wrongly_is_seen() -> None:
 
     with pytest.raises(LawViolation, match="out exceeds its error budget"):
         check(case, as_subject(TopLeft(), "top-left"))
+
+
+@pytest.mark.parametrize("name", subjects.ADAPTERS)
+def test_an_adapter_is_what_its_name_says_without_its_package(name: str) -> None:
+    module, _, attribute = subjects.ADAPTERS[name].partition(":")
+    adapter = getattr(importlib.import_module(module), attribute)
+
+    assert adapter.name == name
+    assert issubclass(adapter, Adapter)
+    assert adapter.capabilities.policies

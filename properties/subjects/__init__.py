@@ -30,6 +30,11 @@ ADAPTERS = {
     "torch-sdpa": "properties.subjects.torch_sdpa:TorchSDPA",
     "torch-sdpa-math": "properties.subjects.torch_sdpa:Math",
     "torch-sdpa-flash": "properties.subjects.torch_sdpa:Flash",
+    "flax-decode": "properties.subjects.flax_decode:FlaxDecode",
+    "jax-xla": "properties.subjects.jax_attention:JaxAttention",
+    "keras-torch": "properties.subjects.keras_attention:KerasAttention",
+    "mlx-cpu": "properties.subjects.mlx_attention:MlxAttention",
+    "x-transformers": "properties.subjects.x_transformers:XTransformers",
 }
 
 

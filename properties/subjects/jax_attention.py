@@ -1,0 +1,62 @@
+"""jax.nn.dot_product_attention, implementation "xla"."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from properties.capabilities import Capabilities, Policy
+from properties.subjects.adapter import Adapter, Call
+
+_DOCS = "https://docs.jax.dev/en/latest/_autosummary/jax.nn.dot_product_attention.html"
+
+
+class JaxAttention(Adapter):
+    """Compiled for each shape, so cases are small."""
+
+    name = "jax-xla"
+    requires: ClassVar[dict[str, str]] = {"jax": "jax"}
+    slow = True
+    capabilities = Capabilities(
+        cache="none",
+        overflow=False,
+        lse=False,  # It returns one, in the dtype of the keys.
+        tiles=False,
+        blind=False,
+        devices=("cpu",),
+        policies={
+            "causal alignment": Policy("top-left; masks are given by the caller", "observed"),
+            "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+            "empty rows": Policy("the mean of all values, masked ones too", "observed"),
+            "NaN in unread memory": Policy("a masked value that is NaN makes its row NaN", "observed"),
+            "visible NaN": Policy("reaches what sees it", "observed"),
+            "bits across runs": Policy("the same on a CPU", "observed"),
+            "bits across batches": Policy("not promised", "undefined"),
+            "bits across layouts": Policy("not promised", "undefined"),
+        },
+    )
+
+    def run(self, call: Call) -> torch.Tensor:
+        """Use its own causal mask where all alignments agree, else a mask made for the call."""
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        dtype = jnp.dtype(str(call.query.dtype).removeprefix("torch."))
+
+        def array(tensor: torch.Tensor) -> jax.Array:
+            return jnp.asarray(tensor.transpose(1, 2).float().numpy()).astype(dtype)
+
+        is_causal = call.is_causal and call.is_square
+        mask = None if is_causal or call.mask is None else jnp.asarray(call.mask.numpy())
+        out = jax.nn.dot_product_attention(
+            array(call.query),
+            array(call.keys),
+            array(call.values),
+            mask=mask,
+            is_causal=is_causal,
+            scale=call.scale,
+            implementation="xla",
+        )
+        return torch.tensor(np.asarray(out.astype(jnp.float32))).transpose(1, 2).to(call.query.dtype)
