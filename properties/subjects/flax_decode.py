@@ -76,7 +76,8 @@ class FlaxDecode(Adapter):
         layer.cache_index[...] = jnp.int32(cached)
 
         tokens = [array(each).reshape(batch, q_len, -1) for each in (call.query, call.new_keys, call.new_values)]
-        outs = [layer(*(each[:, i : i + 1] for each in tokens)) for i in range(q_len)]
+        # Documented to be ignored while decoding; flax 0.12.8 hides all keys but the first then.
+        outs = [layer(*(each[:, i : i + 1] for each in tokens), is_causal=True) for i in range(q_len)]
 
         def tensor(value: Any) -> torch.Tensor:
             heads = value.reshape(batch, value.shape[1], -1, head_dim).astype(jnp.float32)

@@ -32,7 +32,7 @@ class XTransformers(Adapter):
     )
 
     def run(self, call: Call) -> torch.Tensor:
-        """Use its own causal mask where rows are alike, else a mask made for the call; it groups heads in another order."""
+        """Use its own causal mask where rows are alike, else one made for the call; its groups have another order."""
         from x_transformers.attend import Attend
 
         alike = set(call.new_lens) <= {call.q_len} and set(call.kv_lens) <= {call.keys.shape[2]}
