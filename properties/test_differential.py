@@ -10,7 +10,7 @@ from properties.checking import assert_no_findings, check_run, check_values
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import aim, cases
-from properties.variants import across_a_split, decoding, ragged_stream, steady
+from properties.variants import across_a_split, decoding, on_a_diagonal, ragged_stream, steady
 
 WITH_CACHE = ("attention_with_kv_cache",)
 
@@ -61,6 +61,13 @@ def test_overflow_is_all_or_nothing(case: Case) -> None:
 def test_attention_without_a_cache_lies_within_the_error_budget(case: Case) -> None:
     """More queries than keys, fewer, as many: aligned to the last key when causal."""
     used = check_values(run(case))
+
+    aim(out=used.out, lse=used.lse)
+
+
+@given(case=cases(ops=("attention",), min_rows=1, runs=2))
+def test_a_diagonal_anywhere_in_a_tile_lies_within_the_error_budget(case: Case) -> None:
+    used = check_values(run(on_a_diagonal(case)))
 
     aim(out=used.out, lse=used.lse)
 

@@ -95,7 +95,7 @@ MUTANTS = (
         PRIMITIVES,
         "common_limit = tl.minimum(tl.maximum(first + causal_offset + 1, 0), num_new_keys)",
         "common_limit = tl.minimum(tl.maximum(first + causal_offset + 2, 0), num_new_keys)",
-        VALUES,
+        ("diagonal", *VALUES),
     ),
     _edge(
         "F257",
@@ -315,7 +315,7 @@ MUTANTS = (
         PRIMITIVES,
         "full_stop = start + tl.maximum(tl.minimum(stop, common_limit) - start, 0) // BLOCK_N * BLOCK_N",
         "full_stop = start + (tl.maximum(tl.minimum(stop, common_limit) - start, 0) + 1) // BLOCK_N * BLOCK_N",
-        VALUES,
+        ("diagonal", *VALUES),
     ),
     _edge(
         "F279",
