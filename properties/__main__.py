@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     planted.add_argument("--seed", type=int, default=0, metavar="N", help="draw other cases")
     planted.add_argument("--json", type=Path, metavar="FILE", help="also write the results here, after every mutant")
     planted.add_argument("--resume", action="store_true", help="keep what FILE says of mutants that are still the same")
+    planted.add_argument("--report-only", action="store_true", help="run none: show what FILE says of them")
     planted.add_argument("--markdown", type=Path, metavar="FILE", help="also write the document here")
     planted.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
     planted.add_argument("--device", choices=DEVICES, default="auto")
@@ -152,6 +153,7 @@ def _mutants(arguments: argparse.Namespace) -> int:
             workers=workers,
             json_path=arguments.json,
             resume=arguments.resume,
+            report_only=arguments.report_only,
             markdown_path=arguments.markdown,
         )
     )

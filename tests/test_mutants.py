@@ -141,6 +141,9 @@ def test_a_resumed_run_keeps_the_verdicts_of_mutants_that_are_still_the_same(tmp
     assert record.known(path, [first], {"profile": "nightly"}) == {}
     changed = replace(first, edits=(replace(first.edits[0], replacement="        if MASK_N and MASK_D:\n"),))
     assert record.known(path, [changed], {"profile": "ci"}) == {}
+    record.write(path, {"profile": "ci", "mutants": [record.to_record(replace(verdict, outcome=SURVIVED))]})
+    assert record.known(path, [first], {"profile": "ci"}) == {}
+    assert set(record.known(path, [first], {"profile": "ci"}, also_wrong=True)) == {"M01"}
     assert record.known(None, [first], {}) == record.known(tmp_path / "none.json", [first], {}) == {}
 
 
@@ -152,12 +155,15 @@ def test_the_document_shows_survivors_first_and_what_other_suites_miss() -> None
         Verdict(survivor, SURVIVED, cases=9),
         Verdict(neutral, SURVIVED, cases=50),
     )
-    text = report.markdown(report.Score(verdicts, (), "two cores", "ci", 70, 12.0), "2000-01-31")
+    pending = tuple(select(["M02"]))
+    score = report.Score(verdicts, (), "two cores", "ci", 70, 12.0, pending=pending)
+    text = report.markdown(score, "2000-01-31")
 
     assert "on 2000-01-31; two cores." in text
     assert "* 1 of 2 planted faults killed (50 %), half of them within 2.5 s; 70 laws, profile ci" in text
     assert "* 0 of 1 killed by the four tests at 1e-3\n* 1 of 1 killed by the grid at 1.5e-2" in text
     assert "* 0 of 1 neutral changes killed, in 50 cases" in text
+    assert "* 1 mutants not run yet: M02" in text
     assert text.index("| M12 | MASK") < text.rindex("| M01 | TAIL") < text.index("| N2 | NEUTRAL")
     assert "| M01 | the padding keys of the last tile take part in the softmax, with score 0 | batch=1" in text
 

@@ -63,10 +63,12 @@ def write(path: Path, result: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def known(path: Path | None, mutants: list[Mutant], wanted: dict[str, Any]) -> dict[str, Verdict]:
+def known(
+    path: Path | None, mutants: list[Mutant], wanted: dict[str, Any], *, also_wrong: bool = False
+) -> dict[str, Verdict]:
     """The verdicts of a file that still hold, by id: as they should be, on the same text, by a run like the one wanted.
 
-    A fault that survived is tried again: the laws may have become stronger.
+    A fault that survived is tried again, unless ``also_wrong``: the laws may have become stronger.
 
     Args:
         path: of the file; nothing is known if there is none.
@@ -84,5 +86,5 @@ def known(path: Path | None, mutants: list[Mutant], wanted: dict[str, Any]) -> d
         for m in mutants
         if (old := records.get(m.id)) is not None
         and old["digest"] == digest(m)
-        and old["outcome"] == (SURVIVED if m.neutral else KILLED)
+        and (also_wrong or old["outcome"] == (SURVIVED if m.neutral else KILLED))
     }

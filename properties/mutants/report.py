@@ -24,6 +24,7 @@ class Score:
         num_laws: how many there are.
         seconds: that the verdicts took, summed.
         baselines: which baselines fail on the shipped source.
+        pending: mutants that could run here and have not yet.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -33,6 +34,7 @@ class Score:
     num_laws: int
     seconds: float
     baselines: dict[str, bool] = field(default_factory=dict)
+    pending: tuple[Mutant, ...] = ()
 
     @property
     def faults(self) -> list[Verdict]:
@@ -52,7 +54,7 @@ class Score:
     @property
     def perfect(self) -> bool:
         """Every fault killed, every neutral change let through."""
-        return not self.survivors and not self.false_alarms
+        return not self.survivors and not self.false_alarms and not self.pending
 
     @property
     def median_seconds(self) -> float:
@@ -202,6 +204,8 @@ def _summary(score: Score) -> list[str]:
     if neutral:
         cases = sum(v.cases for v in neutral)
         lines.append(f"{len(score.false_alarms)} of {len(neutral)} neutral changes killed, in {cases} cases")
+    if score.pending:
+        lines.append(f"{len(score.pending)} mutants not run yet: {', '.join(m.id for m in score.pending)}")
     if any(score.baselines.values()):
         failing = ", ".join(name for name, fails in score.baselines.items() if fails)
         lines.append(f"the shipped source fails the {failing}")

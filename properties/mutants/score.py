@@ -39,6 +39,7 @@ class Options:
     workers: int = 1
     json_path: Path | None = None
     resume: bool = False
+    report_only: bool = False
     markdown_path: Path | None = None
 
 
@@ -71,7 +72,8 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
             here = [m for m in mutants if on_gpu or not m.needs_gpu]
             laws = original.laws()
             how = {"device": description, "profile": options.profile, "fast": options.fast, "seed": options.seed}
-            done = record.known(options.json_path if options.resume else None, here, how)
+            path = options.json_path if options.resume or options.report_only else None
+            done = record.known(path, here, how, also_wrong=options.report_only)
             say(f"device: {description}")
             say(f"{len(here)} mutants, {len(laws)} laws, at most {trying.max_examples} cases each, seed {options.seed}")
             if done:
@@ -82,7 +84,8 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
             def score() -> Score:
                 verdicts = tuple(done[m.id] for m in here if m.id in done)
                 seconds = sum(v.total_seconds for v in verdicts)
-                return Score(verdicts, absent, description, options.profile, len(laws), seconds, baselines)
+                pending = tuple(m for m in here if m.id not in done)
+                return Score(verdicts, absent, description, options.profile, len(laws), seconds, baselines, pending)
 
             def one(mutant: Mutant) -> None:
                 verdict = try_mutant(mutant, trying, original, options.device)
@@ -91,9 +94,10 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
                 if options.json_path is not None:
                     record.write(options.json_path, {**how, **_summary(score())})
 
+            to_do = [] if options.report_only else [m for m in here if m.id not in done]
             with ThreadPoolExecutor(options.workers) as threads:
                 # Neutral mutants take longest: they go first.
-                list(threads.map(one, sorted((m for m in here if m.id not in done), key=lambda m: not m.neutral)))
+                list(threads.map(one, sorted(to_do, key=lambda m: not m.neutral)))
         finally:
             original.stop()
     return score()
