@@ -10,7 +10,7 @@ from properties.checking import check_run
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
-from properties.variants import limits_around, one_call, then_again
+from properties.variants import growing, limits_around, one_call, then_again
 
 
 @asks("overflow")
@@ -29,3 +29,18 @@ def test_a_call_after_an_overflow_works(case: Case) -> None:
     refused, valid = run(then_again(first, refuse_first=True)), run(then_again(first, refuse_first=False))
 
     assert_same_outputs(refused.outputs[-1:], valid.outputs[-1:], "a call after an overflow and without")
+
+
+@asks("cache in place")
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, runs=2, overflow=False))
+def test_growth_at_least_doubles_and_keeps_every_token(case: Case) -> None:
+    """Up to the limit and not past it; as often as it is needed and not more."""
+    case = growing(case)
+    made = run(case)
+    check_run(made)
+
+    least = min(case.cache_max_len, 2 * case.capacity)
+    for step in made.steps:
+        if step.k_bits is not None:
+            slots = step.k_bits.shape[2]
+            assert slots == case.capacity or slots >= least, f"buffers grew from {case.capacity} slots to {slots}"

@@ -304,6 +304,17 @@ def steady(case: Case) -> Case:
     )
 
 
+def growing(case: Case) -> Case:
+    """Buffers that the first tokens fill exactly or pass, under a limit that leaves no, little or much room to grow."""
+    if case.op == "attention" or not case.rows:
+        return case
+    cached = max([1, *(row.cached for row in case.rows)])
+    most = max(row.cached + sum(row.new) for row in case.rows)
+    limit = max(cached, most) + (0, 1, cached // 2, 3 * cached)[case.seed % 4]
+    start = "tuple" if case.start == "empty" else case.start
+    return replace(case, start=start, capacity=cached, cache_max_len=limit)
+
+
 def on_a_diagonal(case: Case) -> Case:
     """Causal, without a cache, in tiles of 16: the diagonal enters them anywhere, by the seed."""
     case = finite(plain(case))

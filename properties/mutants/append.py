@@ -226,7 +226,7 @@ MUTANTS = (
         "growth leaves the last slot behind",
         "a full buffer grows",
         (Edit(WRAPPER, "new[:, :, :slots].copy_(old)", "new[:, :, : slots - 1].copy_(old[:, :, : slots - 1])"),),
-        (*BYTES, *VALUES),
+        ("growth", *BYTES),
     ),
     Mutant(
         "F72",
@@ -240,7 +240,7 @@ MUTANTS = (
                 "_grow(past, max(needed, 2 * lengths.capacity))",
             ),
         ),
-        BYTES,
+        ("growth", *BYTES),
     ),
     Mutant(
         "F73",
@@ -254,7 +254,7 @@ MUTANTS = (
                 "_grow(past, min(cache_max_len, 2 * lengths.capacity))",
             ),
         ),
-        BYTES,
+        ("growth", *BYTES),
     ),
     Mutant(
         "F74",

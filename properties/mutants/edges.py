@@ -195,7 +195,7 @@ MUTANTS = (
         WRAPPER,
         "        new[:, :, :slots].copy_(old)\n",
         "        new[:, :, :slots].copy_(old if not grown else torch.zeros_like(old))\n",
-        BYTES,
+        ("growth", *BYTES),
     ),
     _edge(
         "F267",
@@ -205,7 +205,7 @@ MUTANTS = (
         WRAPPER,
         "_grow(past, min(cache_max_len, max(needed, 2 * lengths.capacity)))",
         "_grow(past, needed)",
-        BYTES,
+        ("growth", *BYTES),
     ),
     _edge(
         "F268",
