@@ -80,8 +80,13 @@ def assert_no_findings(made: Run, kinds: Collection[str], steps: Collection[Step
                 raise violation(made.case, step, finding, made.is_transformed)
 
 
-def expectations(made: Run) -> Iterator[Expected | None]:
-    """What the references say of each call in turn; None where it must overflow."""
+def expectations(made: Run, alarm_lambda: float | None = None) -> Iterator[Expected | None]:
+    """What the references say of each call in turn; None where it must overflow.
+
+    Args:
+        made: what was run.
+        alarm_lambda: None for the gate, a number for the alarm; see ``references.error_bounds.budgets``.
+    """
     case = made.case
     caches = [answers.reference_cache(made.problem.initial)]
     waiting: list[_Answer | None] = []
@@ -97,9 +102,9 @@ def expectations(made: Run) -> Iterator[Expected | None]:
         waiting.append(_Answer(right[0], right[1], rows))
         caches.append(right[2])
         if sum(answer.size for answer in waiting if answer is not None) > NUMBERS_TOGETHER:
-            yield from _with_budgets(made, waiting)
+            yield from _with_budgets(made, waiting, alarm_lambda)
             waiting = []
-    yield from _with_budgets(made, waiting)
+    yield from _with_budgets(made, waiting, alarm_lambda)
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,11 @@ def expected_outputs(made: Run) -> list[tuple[Got, Expected]]:
     return pairs
 
 
-def _with_budgets(made: Run, waiting: list[_Answer | None]) -> list[Expected | None]:
+def _with_budgets(made: Run, waiting: list[_Answer | None], alarm_lambda: float | None) -> list[Expected | None]:
     """Add the error budget of every row; padding queries are exact."""
     rows = [row for answer in waiting if answer is not None for row in answer.rows]
     case, model = made.case, made.subject.model(devices.current())
-    found = iter(budgets(rows, scale=case.softmax_scale, fmt=case.dtype, model=model))
+    found = iter(budgets(rows, scale=case.softmax_scale, fmt=case.dtype, model=model, alarm_lambda=alarm_lambda))
     expected: list[Expected | None] = []
     for answer in waiting:
         if answer is None:

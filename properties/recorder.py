@@ -14,6 +14,24 @@ from references.noise import NoisePool
 
 
 @dataclass
+class AlarmCount:
+    """Cases the alarm looked at: how many, how many raised it, and again on fresh data; the worst error over it."""
+
+    judged: int = 0
+    raised: int = 0
+    came_back: int = 0
+    worst: float = 0.0
+
+    def __iadd__(self, other: AlarmCount) -> AlarmCount:
+        """Add other cases."""
+        self.judged += other.judged
+        self.raised += other.raised
+        self.came_back += other.came_back
+        self.worst = max(self.worst, other.worst)
+        return self
+
+
+@dataclass
 class Tally:
     """The sums of one law.
 
@@ -24,6 +42,7 @@ class Tally:
         worst: largest error over budget seen.
         regions: how many cases reached each named region.
         noise: errors over their predicted standard deviation, pooled by format and arithmetic.
+        alarm: what the alarm saw.
     """
 
     cases: int = 0
@@ -32,6 +51,7 @@ class Tally:
     worst: Utilisation = field(default_factory=Utilisation)
     regions: Counter[str] = field(default_factory=Counter)
     noise: dict[str, NoisePool] = field(default_factory=dict)
+    alarm: AlarmCount = field(default_factory=AlarmCount)
 
     def __iadd__(self, other: Tally) -> Tally:
         """Add the sums of another run of the same law."""
@@ -42,6 +62,7 @@ class Tally:
         self.regions.update(other.regions)
         for name, pool in other.noise.items():
             self.noise.setdefault(name, NoisePool()).merge(pool)
+        self.alarm += other.alarm
         return self
 
 

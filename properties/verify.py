@@ -23,7 +23,6 @@ from properties.progress import Line, Moment, Progress, table
 from properties.recorder import Tally
 from properties.strategies import REGIONS
 from properties.worker import Call, Check, Save
-from references.noise import NoisePool
 
 __all__ = ["PROFILES", "Options", "WorkerError", "verify", "workers_for"]
 
@@ -425,6 +424,7 @@ class Verification:
         seconds = time.monotonic() - self.began
         if lines:
             self.progress.say("\n" + table(lines))
+        self._report_alarm()
         self.noisy = self._report_noise()
         self._report_regions()
         cases = sum(line.cases for line in lines)
@@ -445,17 +445,26 @@ class Verification:
             text = json.dumps(self._record(seconds, interrupted), indent=1) + "\n"
             self.options.json_path.write_text(text)
 
-    def _pools(self) -> dict[str, NoisePool]:
-        """The errors of the whole run as noise, by format and arithmetic."""
+    def _total(self) -> Tally:
+        """What all laws saw."""
         total = Tally()
         for r in self.results.values():
             total += r.tally
-        return total.noise
+        return total
+
+    def _report_alarm(self) -> None:
+        """A row for the alarm; where it came back, a law has failed."""
+        alarm = self._total().alarm
+        if alarm.judged:
+            self.progress.say(
+                f"alarm: largest error {alarm.worst:.2f} x alarm in {alarm.judged} cases, raised in {alarm.raised}, "
+                f"came back on fresh data in {alarm.came_back}"
+            )
 
     def _report_noise(self) -> bool:
         """A row for each pool of errors; whether one is not rounding noise."""
         alarmed = False
-        for name, pool in sorted(self._pools().items()):
+        for name, pool in sorted(self._total().noise.items()):
             fmt, _, model = name.partition(", ")
             statistics, chi = pool.statistics(), clean_chi(fmt, model)
             if chi is None or not statistics.outputs:
