@@ -27,6 +27,13 @@ VARIABLE = "PROPERTIES_SUBJECT"
 
 # Adapters by the name their class has; nothing is imported before it is asked for.
 ADAPTERS = {
+    "onnx-reference": "properties.subjects.onnx_attention:OnnxReference",
+    "onnxruntime-attention": "properties.subjects.onnx_attention:OnnxRuntimeAttention",
+    "onnxruntime-gqa": "properties.subjects.onnxruntime_contrib:OnnxRuntimeGQA",
+    "onnxruntime-mha": "properties.subjects.onnxruntime_contrib:OnnxRuntimeMHA",
+    "openvino": "properties.subjects.openvino_sdpa:OpenVINO",
+    "paddle": "properties.subjects.paddle_sdpa:Paddle",
+    "tinygrad": "properties.subjects.tinygrad_sdpa:Tinygrad",
     "torch-sdpa": "properties.subjects.torch_sdpa:TorchSDPA",
     "torch-sdpa-math": "properties.subjects.torch_sdpa:Math",
     "torch-sdpa-flash": "properties.subjects.torch_sdpa:Flash",
