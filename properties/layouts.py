@@ -22,7 +22,8 @@ def strides(shape: Sequence[int], layout: str, *, of_values: bool = False) -> tu
                 head left out; a token's stride is odd, so hardly anything is aligned.
             "expanded_heads": one head's memory for all heads (stride 0); never written.
         of_values: a value tensor lies otherwise than the key tensor of the same layout, so that a kernel which takes
-            one's strides for the other's is seen. "transposed": 8 elements after each token are left out. "gapped":
+            one's strides for the other's is seen. "transposed": 8 elements after each token are left out, 4 of an odd
+            number of tokens: then vectors of 8 are not aligned, those of 4 are. "gapped":
             whole tokens, 8 elements apart; the stride of a head is odd.
     """
     _, heads, tokens, head_dim = shape
@@ -32,7 +33,7 @@ def strides(shape: Sequence[int], layout: str, *, of_values: bool = False) -> tu
         token = head_dim + (16 if of_values else 8)
         return (heads * tokens * token, tokens * token, token, 1)
     if layout == "transposed" and of_values:
-        token = heads * head_dim + 8
+        token = heads * head_dim + (4 if tokens % 2 else 8)
         return (tokens * token, head_dim, token, 1)
     if layout == "gapped" and of_values:
         token = head_dim + 8
