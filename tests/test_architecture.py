@@ -19,7 +19,7 @@ TEST_TOOLS = {"hypothesis", "pytest"}
 OWN = {"flashcore", "references", "properties", "tests", "benchmarks"}
 
 FORBIDDEN: dict[str, set[str]] = {
-    "flashcore": TEST_TOOLS | (OWN - {"flashcore"}),
+    "flashcore": TEST_TOOLS | {"transformers"} | (OWN - {"flashcore"}),
     "references": HEAVY | TEST_TOOLS | (OWN - {"references"}),
     "properties.case": HEAVY | TEST_TOOLS | {"flashcore", "tests", "benchmarks"},
     "properties.strategies": HEAVY | {"pytest", "flashcore", "tests", "benchmarks"},
@@ -28,11 +28,11 @@ FORBIDDEN: dict[str, set[str]] = {
 
 
 def modules_of(name: str) -> list[str]:
-    """The module, and all below it if it is a package, as files say."""
+    """The module, and all below it if it is a package, as files say; integrations need what they integrate with."""
     path = ROOT.joinpath(*name.split("."))
     if not path.is_dir():
         return [name]
-    files = [p for p in path.rglob("*.py") if p.name != "__main__.py"]
+    files = [p for p in path.rglob("*.py") if p.name != "__main__.py" and "integrations" not in p.parts]
     parts = (p.relative_to(ROOT).with_suffix("").parts for p in files)
     return sorted({".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts})
 
