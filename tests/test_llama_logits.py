@@ -1,4 +1,4 @@
-"""Tiny Llamas, prefill and 50 decode steps: every layer, every logit and every greedy token accounted for."""
+"""Tiny Llamas, prefill and up to 50 decode steps: every layer, every logit and every greedy token accounted for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from properties.llama.propagation import bound, in_float64
 from properties.llama.replay import replay
 from tests import tiny_llamas
 
-PROMPT, STEPS = 9, 50
+PROMPT = 9
 
+# Decode steps, and the model. Every program of the interpreter costs 10 ms, and each kv head is one.
 MODELS = {
-    "4:4 heads of 16, tied": tiny_llamas.config(4, 4, 16, tied=True),
-    "8:2 heads of 64": tiny_llamas.config(8, 2, 64),
-    "9:3 heads of 64, tied": tiny_llamas.config(9, 3, 64, tied=True),
-    "28:4 heads of 16": tiny_llamas.config(28, 4, 16),
+    "4:4 heads of 16, tied": (20, tiny_llamas.config(4, 4, 16, tied=True)),
+    "8:2 heads of 64": (50, tiny_llamas.config(8, 2, 64)),
+    "9:3 heads of 64, tied": (50, tiny_llamas.config(9, 3, 64, tied=True)),
+    "28:4 heads of 16": (20, tiny_llamas.config(28, 4, 16)),
 }
 
 
@@ -38,18 +39,19 @@ class Greedy:
 
     @property
     def ids(self) -> Tensor:
-        """[1, PROMPT + STEPS], everything that was fed."""
+        """[1, columns], everything that was fed."""
         return torch.cat([step["input_ids"] for step in self.inputs], dim=1)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def greedy(request: pytest.FixtureRequest) -> Greedy:
-    flash, eager = tiny_llamas.pair(MODELS[request.param])
-    cache = FlashCoreCache(flash.config, max_cache_len=PROMPT + STEPS)
+    decode_steps, made = MODELS[request.param]
+    flash, eager = tiny_llamas.pair(made)
+    cache = FlashCoreCache(flash.config, max_cache_len=PROMPT + decode_steps)
     ids = tiny_llamas.tokens(1, PROMPT)
     inputs, logits = [], []
     with capturing() as captured, torch.no_grad():
-        for _ in range(STEPS + 1):
+        for _ in range(decode_steps + 1):
             inputs.append({"input_ids": ids})
             logits.append(flash(ids, past_key_values=cache).logits)
             ids = logits[-1][:, -1:].argmax(-1)
@@ -72,7 +74,7 @@ def test_logits_and_greedy_tokens_are_those_of_exact_attention(greedy: Greedy, r
     """At every step, within the propagated bound; tokens that lie within it of one another are counted as ties."""
     first = PROMPT - 1
     bounds = bound(in_float64(greedy.eager), greedy.ids, greedy.steps, lambda logits: logits[first:].reshape(-1))
-    exact = bounds.exact.reshape(STEPS + 1, -1)
+    exact = bounds.exact.reshape(len(greedy.steps), -1)
     with torch.no_grad():
         eager = greedy.eager(greedy.ids, use_cache=False).logits[0, first:].double().cpu().numpy()
     computed = torch.cat([step[0, -1:] for step in greedy.logits]).double().cpu().numpy()
@@ -83,8 +85,7 @@ def test_logits_and_greedy_tokens_are_those_of_exact_attention(greedy: Greedy, r
     doubt = 2 * np.maximum(allowed, np.abs(eager - exact)).max(axis=1)
     tie = margin <= doubt
     record_property("ties", int(tie.sum()))
-    used = (np.abs(computed - exact) / allowed).max()
-    print(f"{tie.sum()} ties in {len(tie)} steps; logits are off by at most {used:.2f} of the bound")
+    print(f"{tie.sum()} ties in {len(tie)} steps")
 
     assert (np.abs(computed - exact) <= allowed).all()
     assert (bounds.remainder <= bounds.attention).all()

@@ -60,6 +60,16 @@ class LogitBound:
         """Bound of |replayed - exact|."""
         return self.attention + self.carried + self.remainder
 
+    def verdict(self, computed: float) -> tuple[str, bool]:
+        """How far the computed value of a single function is off, in words, and whether that is within its bound."""
+        other = abs(computed - float(self.replayed[0]))
+        off, allowed = abs(computed - float(self.exact[0])), other + float(self.total[0])
+        words = (
+            f"off by {off:.1e}, bound {allowed:.1e} = attention {self.attention[0]:.1e} + carried {self.carried[0]:.1e}"
+            f" + remainder {self.remainder[0]:.1e} + other layers {other:.1e}"
+        )
+        return words, off <= allowed
+
 
 def in_float64(model: Any) -> Any:
     """A copy of the model that computes in float64; the rotation's float32 cosines are part of the model."""
@@ -105,6 +115,40 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return scores.softmax(-1) @ value
 
 
+def exact_logits(exact_model: Any, ids: Tensor) -> Tensor:
+    """F(0): logits [tokens, vocabulary] in float64."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return _attend(query, key, value, module.scaling).transpose(1, 2), None
+
+    with torch.no_grad():
+        return _logits(exact_model, ids, attend)
+
+
+def replayed_logits(exact_model: Any, ids: Tensor, steps: Sequence[Sequence[LayerCall]], look: Any = None) -> Tensor:
+    """F(e): logits [tokens, vocabulary] in float64 with the attention outputs of ``steps``.
+
+    Args:
+        exact_model: from ``in_float64``.
+        ids: [1, tokens]
+        steps: the recorded layers of each forward pass; one row each.
+        look: called with each layer's module, query, key, value and the output put in place of its own.
+    """
+
+    def given(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        out = _sent(joined(steps, module.layer_idx, "out"), ids)
+        if look is not None:
+            look(module, query, key, value, out)
+        return out.transpose(1, 2), None
+
+    with torch.no_grad():
+        return _logits(exact_model, ids, given)
+
+
+def _sent(array: Float64Array, like: Tensor) -> Tensor:
+    return torch.from_numpy(array)[None].to(like.device)
+
+
 def bound(exact_model: Any, ids: Tensor, steps: Sequence[Sequence[LayerCall]], wanted: Any) -> LogitBound:
     """Bound the error of functions of the logits of one sequence that flashcore computed in ``steps``.
 
@@ -114,39 +158,34 @@ def bound(exact_model: Any, ids: Tensor, steps: Sequence[Sequence[LayerCall]], w
         steps: the recorded layers of each forward pass; one row each.
         wanted: logits [tokens, vocabulary] -> vector of what is to be bounded.
     """
-    num_layers = len(steps[0])
-    device = ids.device
-    outs = [torch.from_numpy(joined(steps, n, "out"))[None].to(device) for n in range(num_layers)]
-    budgets = [np.concatenate([step[n].rows[0].expected()[1] for step in steps], axis=1) for n in range(num_layers)]
-    scale = steps[0][0].rows[0].scale
     errors: list[Tensor] = []
     carried: list[Tensor] = []
-    added = [torch.zeros_like(out, requires_grad=True) for out in outs]
 
-    def replaying(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        n = module.layer_idx
-        here = _attend(query, key, value, scale)
-        q, k, v = (torch.from_numpy(joined(steps, n, name))[None].to(device) for name in ("query", "key", "value"))
-        there = _attend(q, k, v, scale)
-        errors.append(outs[n] - here)
-        carried.append((there - here).abs())
-        return outs[n].transpose(1, 2), None
+    def compare(module: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        here = _attend(query, key, value, module.scaling)
+        q, k, v = (_sent(joined(steps, module.layer_idx, name), ids) for name in ("query", "key", "value"))
+        errors.append(out - here)
+        carried.append((_attend(q, k, v, module.scaling) - here).abs())
+
+    replayed = wanted(replayed_logits(exact_model, ids, steps, compare))
+    added = [torch.zeros_like(error, requires_grad=True) for error in errors]
 
     def perturbed(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return (_attend(query, key, value, scale) + added[module.layer_idx]).transpose(1, 2), None
+        out = _attend(query, key, value, module.scaling) + added[module.layer_idx]
+        return out.transpose(1, 2), None
 
-    with torch.no_grad():
-        replayed = wanted(_logits(exact_model, ids, replaying))
     exact = wanted(_logits(exact_model, ids, perturbed))
+    budgets = [
+        _sent(np.concatenate([step[n].rows[0].expected()[1] for step in steps], axis=1), ids) for n in range(len(added))
+    ]
     from_budget, from_carried, first_order = (np.zeros(len(exact)) for _ in range(3))
-    basis = torch.eye(len(exact), dtype=torch.float64, device=device)
+    basis = torch.eye(len(exact), dtype=torch.float64, device=ids.device)
     for start in range(0, len(exact), CHUNK):
         chunk = slice(start, start + CHUNK)
         rows = torch.autograd.grad(exact, added, basis[chunk], retain_graph=True, is_grads_batched=True)
         for n, jacobian in enumerate(rows):
             flat = jacobian.reshape(len(jacobian), -1)
-            budget = torch.from_numpy(budgets[n]).to(device)
-            from_budget[chunk] += (flat.abs() @ budget.reshape(-1)).cpu().numpy()
+            from_budget[chunk] += (flat.abs() @ budgets[n].reshape(-1)).cpu().numpy()
             from_carried[chunk] += (flat.abs() @ carried[n].reshape(-1)).cpu().numpy()
             first_order[chunk] += (flat @ errors[n].reshape(-1)).cpu().numpy()
     at_zero, at_e = exact.detach().cpu().numpy(), replayed.cpu().numpy()
