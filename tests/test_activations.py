@@ -42,8 +42,8 @@ def test_a_stored_activation_is_attended_within_its_budget(path: Path, fmt: str)
 
 
 def test_an_activation_with_another_value_is_seen() -> None:
-    """The budgets are narrow enough: the smallest element of the last value, moved to the largest, shows."""
-    problem = activations.read(STORED[0])
+    """The budgets are narrow enough: the last value of nearly even weights, its elements reversed, shows."""
+    problem = activations.read(next(path for path in STORED if "even-weights" in path.stem))
     exact, allowed = problem.expected()
     problem.value[0, -1] = problem.value[0, -1, ::-1].copy()
 
