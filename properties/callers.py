@@ -15,7 +15,7 @@ from properties.subjects import Subject
 
 Function = Callable[..., Any]
 
-FAR_ELEMENTS = 2**33  # of one tensor of `far_apart`, gaps included
+FAR_ELEMENTS = {"cpu": 2**36, "cuda": 2**33}  # of one tensor of `far_apart`, gaps included: they take memory on a GPU
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
@@ -108,7 +108,7 @@ def _untouched(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * like.element_size(), flags=flags), dtype=like.dtype)
 
 
-def far_apart(subject: Subject, axis: int) -> Subject:
+def far_apart(subject: Subject, axis: int, *, cache_alone: bool) -> Subject:
     """Offsets pass 2**31 elements: neighbours along one axis of every tensor lie far from each other.
 
     The caller's cache is left alone; the one returned lies in the large memory. On the CPU most of that is never
@@ -117,16 +117,17 @@ def far_apart(subject: Subject, axis: int) -> Subject:
     Args:
         subject: the kernel.
         axis: 0 batch rows, 1 heads, 2 tokens.
+        cache_alone: where there is one, query, key and value stay as they are.
     """
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
         count = tensor.shape[axis]
         if count < 2 or not tensor.numel():
             return tensor
-        # The last one along the axis starts past 2**31 elements, and so does the second tile of 16 tokens while
+        # The last one along the axis starts past 2**31 elements, and so does the last token of a tile of 16 while
         # that keeps memory within bounds. A multiple of 8 stays aligned.
         nearest = -(-(2**31) // (count - 1))
-        far = -(-max(nearest, min(2**31 // 16, FAR_ELEMENTS // count)) // 8) * 8 + 8
+        far = -(-max(nearest, min(2**31 // 15, FAR_ELEMENTS[tensor.device.type] // count)) // 8) * 8 + 8
         strides = [0] * 4
         step = 1
         for dim in (3, 2, 1, 0):
@@ -144,6 +145,8 @@ def far_apart(subject: Subject, axis: int) -> Subject:
             if past is not None:
                 options["past_key_value"] = tuple(spread(buffer) for buffer in past)
                 options.setdefault("seq_lens", getattr(past, "seq_lens", None))
+                if cache_alone:
+                    return function(*tensors, **options)
             return function(*(spread(tensor) for tensor in tensors), **options)
 
         return far

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from hypothesis import given
 
+from properties import callers, subjects
 from properties.assertions import assert_same_outputs
 from properties.case import Case
-from properties.checking import check_run
+from properties.checking import assert_no_findings, check_run
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
-from properties.variants import growing, limits_around, one_call, then_again
+from properties.variants import growing, limits_around, one_call, steady, then_again
 
 
 @asks("overflow")
@@ -44,3 +45,14 @@ def test_growth_at_least_doubles_and_keeps_every_token(case: Case) -> None:
         if step.k_bits is not None:
             slots = step.k_bits.shape[2]
             assert slots == case.capacity or slots >= least, f"buffers grew from {case.capacity} slots to {slots}"
+
+
+@asks("cache in place", "bits across runs")
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, min_steps=2, runs=3, overflow=False))
+def test_repeating_a_call_that_grows_the_buffers_changes_nothing(case: Case) -> None:
+    """The old buffers and the new ones stay apart, though every call on them looks like the one before."""
+    case = growing(steady(case))
+    repeated = run(case, callers.repeating(subjects.active()))
+
+    assert_same_outputs(repeated.outputs, run(case).outputs, "calls on growing buffers, each made twice and once")
+    assert_no_findings(repeated, ["append", "cache", "guard", "lengths", "inputs"])

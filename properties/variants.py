@@ -305,14 +305,15 @@ def steady(case: Case) -> Case:
 
 
 def growing(case: Case) -> Case:
-    """Buffers that the first tokens fill exactly or pass, under a limit that leaves no, little or much room to grow."""
+    """Buffers that the first calls fill exactly and a later one passes, under a limit with no, little or much room."""
     if case.op == "attention" or not case.rows:
         return case
-    cached = max([1, *(row.cached for row in case.rows)])
+    calls = case.seed // 4 % len(case.steps)
+    filled = max([1, *(row.cached + sum(row.new[:calls]) for row in case.rows)])
     most = max(row.cached + sum(row.new) for row in case.rows)
-    limit = max(cached, most) + (0, 1, cached // 2, 3 * cached)[case.seed % 4]
+    limit = max(filled, most) + (0, 1, filled // 2, 3 * filled)[case.seed % 4]
     start = "tuple" if case.start == "empty" else case.start
-    return replace(case, start=start, capacity=cached, cache_max_len=limit)
+    return replace(case, start=start, capacity=filled, cache_max_len=limit)
 
 
 def on_a_diagonal(case: Case) -> Case:

@@ -183,7 +183,7 @@ MUTANTS = (
                 "% 16:",
             ),
         ),
-        BYTES,
+        ("call_that_grows_the_buffers", *BYTES),
     ),
     Mutant(
         "F94",
