@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
     names = commands.add_parser("laws", help="list the laws")
     names.set_defaults(run=_laws)
-    kernels = commands.add_parser("subjects", help="list the kernels that come with the suite")
+    kernels = commands.add_parser("subjects", help="list the kernels that can be put under test, and what they offer")
+    kernels.add_argument("names", nargs="*", metavar="NAME", help="all that is known of these")
     kernels.set_defaults(run=_subjects)
     probe = commands.add_parser("probe", help="identify the arithmetic of this machine's matrix units")
     probe.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -90,7 +91,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
         "--subject",
         default=subjects.DEFAULT,
         metavar="SPEC",
-        help="kernel under test: flashcore, or package.module:function",
+        help="kernel under test: flashcore, one that 'subjects' lists, or package.module:function",
     )
 
 
@@ -170,10 +171,11 @@ def _laws(arguments: argparse.Namespace) -> int:
 
 
 def _subjects(arguments: argparse.Namespace) -> int:
-    del arguments
-    print("flashcore                                             the kernels of this project")
-    print("properties.subjects.naive:attention_with_kv_cache     plain PyTorch: an example of somebody else's kernel")
-    print("properties.subjects.broken:attention_with_kv_cache    the same with one fault: phantom keys")
+    from properties import device
+    from properties.subjects import table
+
+    device.choose()
+    table.show(arguments.names)
     return 0
 
 

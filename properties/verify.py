@@ -119,6 +119,11 @@ class _Result:
         return "holds" if self.judged else "not offered"
 
     @property
+    def lacks(self) -> str:
+        """What most of its cases asked for in vain."""
+        return self.tally.not_offered.most_common(1)[0][0]
+
+    @property
     def judged(self) -> int:
         """Cases that the subject took."""
         return self.tally.cases - self.tally.not_offered.total()
@@ -419,7 +424,8 @@ class Verification:
         for name, r in self.results.items():
             compared = r.tally.calls > 0
             out, lse = (r.tally.worst.out, r.tally.worst.lse) if compared else (None, None)
-            lines.append(Line(name, r.judged, out, lse if self.has_lse else None, r.seconds, r.verdict))
+            verdict = r.verdict if r.judged or not r.tally.not_offered else f"{r.verdict}: {r.lacks}"
+            lines.append(Line(name, r.judged, out, lse if self.has_lse else None, r.seconds, verdict))
         lines += [Line(n, 0, None, None, 0.0, f"not offered: {self.not_offered[n]}") for n in self.not_owed]
         seconds = time.monotonic() - self.began
         if lines:

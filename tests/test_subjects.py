@@ -122,6 +122,7 @@ def test_an_adapter_that_cannot_be_used_says_so_in_one_line(name: str, words: st
 
 @pytest.mark.parametrize("name", list(subjects.ADAPTERS))
 def test_every_adapter_can_be_found_without_its_package(name: str) -> None:
+    """Its class is imported, what it needs is not."""
     kind = subjects.find(name)
 
     assert issubclass(kind, Adapter)

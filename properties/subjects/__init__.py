@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from properties import capabilities
+from properties import capabilities, device
 from properties.capabilities import EVERYTHING, Capabilities
 from properties.case import Case
 from properties.needs import Need
@@ -42,6 +43,9 @@ ADAPTERS = {
     "keras-torch": "properties.subjects.keras_attention:KerasAttention",
     "mlx-cpu": "properties.subjects.mlx_attention:MlxAttention",
     "x-transformers": "properties.subjects.x_transformers:XTransformers",
+    "torch-flex-eager": "properties.subjects.flex_attention:FlexEager",
+    "transformers-dynamic-cache": "properties.subjects.transformers_eager:DynamicCacheEager",
+    "transformers-static-cache": "properties.subjects.transformers_eager:StaticCacheEager",
 }
 
 
@@ -133,8 +137,13 @@ def load(spec: str) -> Subject:
     if isinstance(found, type):
         return _adapted(found, spec)
     module = importlib.import_module(ADAPTERS.get(spec, spec).partition(":")[0])
+    declared = getattr(module, "CAPABILITIES", None)
+    if not _takes_a_cache(found):
+        from properties.subjects.adapter import Plain, as_subject
+
+        return as_subject(Plain(found, declared), spec)
     attention = getattr(module, "attention", None)
-    offered = getattr(module, "CAPABILITIES", Capabilities())
+    offered = declared or Capabilities()
     if not callable(attention) and "attention" in offered.ops:
         offered = replace(offered, ops=("attention_with_kv_cache",))
     return Subject(
@@ -171,6 +180,12 @@ def find(spec: str) -> Any:
     return found
 
 
+def _takes_a_cache(function: Callable[..., Any]) -> bool:
+    """Whether it follows the contract; otherwise it is attention without a cache."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == "past_key_value" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _adapted(kind: type, spec: str) -> Subject:
     from properties.subjects.adapter import Adapter, as_subject
 
@@ -179,6 +194,9 @@ def _adapted(kind: type, spec: str) -> Subject:
     missing = kind.missing()
     if missing:
         raise SubjectError(f"--subject {spec} needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
+    here = device.current()
+    if here not in kind.capabilities.devices:
+        raise SubjectError(f"--subject {spec} runs on {' and '.join(kind.capabilities.devices)}, not on {here}")
     try:
         return as_subject(kind(), spec)
     except Exception as error:  # whatever somebody else's package raises, the user gets one line

@@ -14,7 +14,9 @@ tokens, keeping lengths, the rows of padding - is done here.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -53,6 +55,7 @@ class Call:
         is_causal: aligned bottom-right.
         scale: of the logits, the default resolved.
         has_cache: False for attention without a cache.
+        cache_max_len: slots that the cache may have.
         buffers: (k_cache, v_cache) of the call before, None on a first call.
         state: what the adapter returned beside them.
     """
@@ -65,6 +68,7 @@ class Call:
     is_causal: bool
     scale: float
     has_cache: bool
+    cache_max_len: int = 0
     buffers: tuple[torch.Tensor, torch.Tensor] | None = None
     state: Any = None
 
@@ -167,8 +171,8 @@ class Adapter:
         slow: whether it gets small cases on a GPU too.
     """
 
-    name: ClassVar[str]
-    capabilities: ClassVar[Capabilities]
+    name: str
+    capabilities: Capabilities
     requires: ClassVar[dict[str, str]] = {}
     slow: ClassVar[bool] = False
 
@@ -184,6 +188,37 @@ class Adapter:
     def missing(cls) -> list[str]:
         """The packages it requires that are not installed."""
         return [name for name, module in cls.requires.items() if importlib.util.find_spec(module) is None]
+
+
+class Plain(Adapter):
+    """A function ``f(q, k, v)`` without a cache; it also gets those of scale, is_causal and return_lse that it takes.
+
+    It is asked for what mathematics says and nothing else; ``CAPABILITIES`` in its module says more, or less.
+    """
+
+    def __init__(self, function: Callable[..., Any], declared: Capabilities | None) -> None:
+        """Read its arguments."""
+        self.function = function
+        self.name = function.__name__
+        self.arguments = set(inspect.signature(function).parameters)
+        self.capabilities = declared or Capabilities(
+            ops=("attention",),
+            masks=(False, True) if "is_causal" in self.arguments else (False,),
+            scales="any" if "scale" in self.arguments else "default",
+            lse="return_lse" in self.arguments,
+            cache="none",
+            overflow=False,
+            tiles=False,
+            blind=False,
+            policies={},
+        )
+
+    def run(self, call: Call) -> torch.Tensor | Result:
+        """Pass it what it takes."""
+        options = {"scale": call.scale, "is_causal": call.is_causal, "return_lse": True}
+        options = {name: value for name, value in options.items() if name in self.arguments}
+        result = self.function(call.query, call.keys, call.values, **options)
+        return Result(*result) if isinstance(result, tuple) else result
 
 
 def as_subject(adapter: Adapter, spec: str) -> Subject:
@@ -205,7 +240,7 @@ def as_subject(adapter: Adapter, spec: str) -> Subject:
         new_lens: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
-        del cache_max_len, block_m, block_n
+        del block_m, block_n
         if seq_lens is None:
             seq_lens = getattr(past_key_value, "seq_lens", None)
         batch = query.shape[0]
@@ -218,6 +253,7 @@ def as_subject(adapter: Adapter, spec: str) -> Subject:
             is_causal,
             query.shape[3] ** -0.5 if scale is None else scale,
             True,
+            cache_max_len,
             None if past_key_value is None else tuple(past_key_value),
             getattr(past_key_value, "state", None),
         )

@@ -25,12 +25,8 @@ CAPABILITIES = Capabilities(
     policies={
         "causal alignment": Policy("top-left; masks are given by the caller", "documented", _DOCS),
         "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
-        "empty rows": Policy("0 since 2.5, NaN before", "observed"),
-        "NaN in unread memory": Policy("a masked value that is NaN makes its row NaN", "observed"),
-        "visible NaN": Policy("reaches what sees it", "observed"),
-        "bits across runs": Policy("the same on a CPU", "observed"),
-        "bits across batches": Policy("not promised", "undefined"),
-        "bits across layouts": Policy("not promised", "undefined"),
+        "empty rows": Policy("0 (2.13, CPU, math and flash)", "observed"),
+        "NaN in unread memory": Policy("a NaN in a masked key or value reaches the output (2.13, CPU)", "observed"),
     },
 )
 

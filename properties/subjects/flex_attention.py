@@ -1,0 +1,60 @@
+"""PyTorch's FlexAttention, not compiled.
+
+Compiled for a CPU it returns no log-sum-exps (2.13) and takes a minute and more for each shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+from properties.capabilities import Policy
+from properties.subjects.adapter import Adapter, Call, Result
+from properties.subjects.torch_sdpa import CAPABILITIES
+
+_DOCS = "https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html"
+
+
+class FlexEager(Adapter):
+    """Uncompiled: matrix products and a softmax over all scores.
+
+    Only in float32: it rounds 16-bit scores to 16 bits, and for that no error budget is derived.
+    """
+
+    name = "torch-flex-eager"
+    capabilities = replace(
+        CAPABILITIES,
+        dtypes=("float32",),
+        empty=False,
+        lse=True,
+        policies={
+            "causal alignment": Policy("the caller's: a mask is a function of both indices", "documented", _DOCS),
+            "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+            "empty rows": Policy("0 and -inf", "observed", is_ours=True),
+            "NaN in unread memory": Policy("in a masked value it reaches the output, in a key not", "observed"),
+        },
+    )
+
+    def run(self, call: Call) -> Result:
+        """Give it the mask of the call, if one is needed."""
+        block_mask = None
+        if call.mask is not None:
+            mask = call.mask.expand(call.query.shape[0], -1, -1, -1)
+            batch, _, q_len, slots = mask.shape
+            block_mask = create_block_mask(
+                lambda b, _, i, j: mask[b, 0, i, j], batch, None, q_len, slots, device=str(mask.device)
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is not compiled
+            out, aux = flex_attention(
+                call.query,
+                call.keys,
+                call.values,
+                block_mask=block_mask,
+                scale=call.scale,
+                enable_gqa=call.group_size > 1,
+                return_aux=AuxRequest(lse=True),
+            )
+        return Result(out, aux.lse)
