@@ -50,6 +50,13 @@ def cast_kernel(out_ptr, x_ptr, SIZE: tl.constexpr, STORE_CASTS: tl.constexpr):
 
 
 @triton.jit
+def other_kernel(out_ptr, x_ptr, other_ptr):
+    """Out = a masked load of one element: ``other``, which the interpreter asks for its truth."""
+    other = tl.load(other_ptr)
+    tl.store(out_ptr, tl.load(x_ptr, mask=tl.load(x_ptr) > 1.0, other=other))
+
+
+@triton.jit
 def failing_kernel(out_ptr, SIZE: tl.constexpr):
     """Raise after a nested call: SIZE is no power of two."""
     tl.store(out_ptr, scaled(1.0, 1.0))
@@ -119,6 +126,15 @@ def preparations(grid: int) -> int:
     return count
 
 
+def others_are_loaded() -> bool:
+    """Whether one kernel gives each of several ``other`` values, zero first."""
+    given = [0.0, 5.0, 7.0]
+    out = torch.full((len(given),), torch.nan)
+    for i, other in enumerate(given):
+        other_kernel[(1,)](out[i:], torch.ones(1), torch.tensor([other]))
+    return out.tolist() == given
+
+
 def raised_by_the_failing_kernel() -> bool:
     """Whether the kernel that must fail does."""
     try:
@@ -138,6 +154,7 @@ def main(corrected: bool) -> None:
         found["cast rounds to nearest"] = narrows_to_nearest(store_casts=False)
         found["store rounds to nearest"] = narrows_to_nearest(store_casts=True)
         found["widening is exact"] = widens_exactly()
+    found["others are loaded"] = others_are_loaded()
     found["language restored"] = language_state() == before
     found["failing kernel raised"] = raised_by_the_failing_kernel()
     found["language restored after a failure"] = language_state() == before

@@ -182,6 +182,12 @@ def test_saving_time_changes_no_bit() -> None:
     assert saving["digests"] == upstream["digests"]
 
 
+def test_an_operation_that_looks_at_data_is_not_remembered() -> None:
+    """A masked load of one element asks whether what it gives instead is zero."""
+    assert probe()["others are loaded"]
+    assert probe("corrected")["others are loaded"]
+
+
 def test_an_unknown_triton_interprets_as_it_did() -> None:
     assert not bits("unknown")["saves time"]
 

@@ -9,8 +9,9 @@ faithfully is left to upstream's code, each time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,12 @@ class Recorder:
             self.slots[id(value)] = len(self.values) - 1
         return len(self.values) - 1
 
+    def looked_at(self, handle: Any) -> None:
+        """Python has asked for the data behind a handle: unless they are constant, a record may not hold for others."""
+        where = self.slots.get(id(handle))
+        if where is None or not self.constant[where]:
+            self.faithful = False
+
     def _note(self, name: str, function: Operation, arguments: Any, options: Any, result: Any) -> None:
         is_handle = isinstance(result, self._handle_type)
         if name.startswith("get_"):  # constants, and types
@@ -223,6 +230,28 @@ def compiled(known: tuple[str, ...], lines: tuple[str, ...]) -> Callable[..., Pl
     return make
 
 
+@contextlib.contextmanager
+def noticing_looks(recorder: Recorder) -> Iterator[None]:
+    """Tell the recorder when Python asks a tensor of one element for its truth, or any tensor for an index."""
+
+    def noticing(method: Operation, of_blocks: bool) -> Operation:
+        def call(tensor: Any) -> Any:
+            if of_blocks or tensor.handle.data.size == 1:
+                recorder.looked_at(tensor.handle)
+            return method(tensor)
+
+        return call
+
+    original = {name: getattr(tl.tensor, name) for name in ("__bool__", "__index__")}
+    for name, method in original.items():
+        setattr(tl.tensor, name, noticing(method, of_blocks=name == "__index__"))
+    try:
+        yield
+    finally:
+        for name, method in original.items():
+            setattr(tl.tensor, name, method)
+
+
 def remembering(member: Operation, module: Any) -> Operation:
     """A builtin of the language that remembers what it had the builder do."""
     plans: dict[Any, Plan | None] = {}
@@ -260,7 +289,8 @@ def remembering(member: Operation, module: Any) -> Operation:
         ):  # x + x: which of the two a call means is not to be told
             return member(*operands, **options, _semantic=semantic)
         recorder = Recorder(module.interpreter_builder, module.TensorHandle, handles)
-        result = member(*operands, **options, _semantic=type(semantic)(recorder))
+        with noticing_looks(recorder):
+            result = member(*operands, **options, _semantic=type(semantic)(recorder))
         if len(plans) >= MOST_PLANS:
             plans.clear()
         try:
