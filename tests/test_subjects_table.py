@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from properties import subjects
 from properties.__main__ import main
 from properties.assertions import LawViolation
 from properties.case import Case, Row, Step
 from properties.checking import check
+from properties.subjects.adapter import as_subject
+from tests.command_line import ROOT
 
 
 def bare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -90,3 +94,23 @@ def test_an_adapter_whose_package_the_tests_have_lies_within_the_error_budget(na
     case = Case(rows, (Step(), Step(), Step()), 2, 3, head_dim=32, is_causal=True, values="normal", cache_max_len=16)
 
     assert 0 < check(case, subjects.load(name)).out < 1
+
+
+def test_the_document_shows_the_example_files_and_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """All columns of the table but what is installed here and how many laws there are."""
+    mine, fault, adapter = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs/your-kernel.md").read_text(), re.DOTALL)
+    shown = [line for line in (ROOT / "docs/your-kernel.md").read_text().splitlines() if line.startswith("| ")]
+    examples = ROOT / "docs/examples"
+    main(["subjects"])
+    printed = [row.strip("│┃\n ") for row in capsys.readouterr().out.splitlines() if row[:1] in ("│", "┃")]
+    cells = [[cell.strip() for cell in re.split("[│┃]", row)] for row in printed]
+
+    assert mine == (examples / "mine.py").read_text().rstrip()
+    assert fault in (examples / "top_left.py").read_text().splitlines()
+    assert fault not in mine
+    assert shown == [f"| {' | '.join([row[0], *row[2:-1]])} |" for row in cells]
+    namespace: dict[str, Any] = {
+        "my_attention": lambda q, k, v, mask, scale: scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    }
+    exec(adapter, namespace)
+    assert check(replace(FEWER_QUERIES, rows=(Row(2, (2,)),)), as_subject(namespace["Mine"](), "mine")).out < 1
