@@ -108,7 +108,7 @@ def _untouched(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * like.element_size(), flags=flags), dtype=like.dtype)
 
 
-def far_apart(subject: Subject, axis: int, *, cache_alone: bool) -> Subject:
+def far_apart(subject: Subject, axis: int, what: str = "all") -> Subject:
     """Offsets pass 2**31 elements: neighbours along one axis of every tensor lie far from each other.
 
     The caller's cache is left alone; the one returned lies in the large memory. On the CPU most of that is never
@@ -117,7 +117,7 @@ def far_apart(subject: Subject, axis: int, *, cache_alone: bool) -> Subject:
     Args:
         subject: the kernel.
         axis: 0 batch rows, 1 heads, 2 tokens.
-        cache_alone: where there is one, query, key and value stay as they are.
+        what: "all" tensors; or, where there is a cache, the "cache" or the "new" tokens alone.
     """
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,9 +143,9 @@ def far_apart(subject: Subject, axis: int, *, cache_alone: bool) -> Subject:
         def far(*tensors: Any, **options: Any) -> Any:
             past = options.get("past_key_value")
             if past is not None:
-                options["past_key_value"] = tuple(spread(buffer) for buffer in past)
+                options["past_key_value"] = tuple(buffer if what == "new" else spread(buffer) for buffer in past)
                 options.setdefault("seq_lens", getattr(past, "seq_lens", None))
-                if cache_alone:
+                if what == "cache":
                     return function(*tensors, **options)
             return function(*(spread(tensor) for tensor in tensors), **options)
 
