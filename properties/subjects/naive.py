@@ -163,6 +163,8 @@ def _attend_rows(
     batch, num_q_heads, q_len, head_dim = query.shape
     group_size = num_q_heads // key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
+    # BLAS picks its kernel by the strides, and with it the order of the sums: the bits must not depend on them.
+    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
     out = empty((batch, num_q_heads, q_len, head_dim), query.dtype, query.device)
     lse = empty((batch, num_q_heads, q_len), torch.float32, query.device)
     out.zero_()
