@@ -17,6 +17,7 @@ import torch
 from properties import device as devices
 from properties import layouts, subjects
 from properties.assertions import CONTEXT_LOST, BitsArray, Got, LawViolation, describe
+from properties.capabilities import NotOffered
 from properties.case import Case
 from properties.guards import Guarded, bits_of, poison, torch_dtype
 from properties.schedule import PlannedStep, Problem, problem
@@ -115,7 +116,7 @@ def run(what: Case | Problem, subject: Subject | None = None, *, poisoned: bool 
             promise that never gets NaN there.
 
     Raises:
-        NotOffered: the subject does not take such a case.
+        NotOffered: the subject does not take such a case, or its adapter says so of a call.
     """
     subject = subjects.active() if subject is None else subject
     given = problem(what) if isinstance(what, Case) else what
@@ -259,7 +260,7 @@ class _Session:
                 result = function(*tensors, **arguments)
             if self.device == "cuda":
                 torch.cuda.synchronize()
-        except LawViolation:  # of whoever stands between the law and the kernel
+        except (LawViolation, NotOffered):  # of whoever stands between the law and the kernel
             raise
         except Exception as error:  # whatever a kernel raises is a verdict
             self._raised(step, error)

@@ -250,6 +250,9 @@ def test_laws_are_owed_by_what_they_ask_for() -> None:
     assert "output_and_lse_lie_within_the_error_budget_at_every_step" in sdpa
     assert "lse_is_monotone_in_the_visible_set" not in sdpa
     assert "nothing_invisible_is_read" not in sdpa
+    math = as_subject(Math(), "math")
+    assert math.model("cpu").scale_into_query
+    assert not math.meets("declared arithmetic", "cpu"), "an outer bound says nothing of its bits"
 
 
 @pytest.mark.parametrize("kind", [TorchSDPA, Math, Flash])

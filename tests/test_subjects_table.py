@@ -87,7 +87,9 @@ def test_the_documented_example_holds_and_its_faulty_twin_fails() -> None:
     assert check(square, top_left).out < 1
 
 
-@pytest.mark.parametrize("name", ["torch-flex-eager", "transformers-dynamic-cache", "transformers-static-cache"])
+@pytest.mark.parametrize(
+    "name", ["torch-flex-eager", "transformers-dynamic-cache", "transformers-static-cache", "transformers-sdpa"]
+)
 def test_an_adapter_whose_package_the_tests_have_lies_within_the_error_budget(name: str) -> None:
     """A prompt, a chunk and a decode step, causal."""
     rows = (Row(0, (5, 3, 1)), Row(0, (5, 3, 1), 1))

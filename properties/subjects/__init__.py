@@ -38,14 +38,21 @@ ADAPTERS = {
     "torch-sdpa": "properties.subjects.torch_sdpa:TorchSDPA",
     "torch-sdpa-math": "properties.subjects.torch_sdpa:Math",
     "torch-sdpa-flash": "properties.subjects.torch_sdpa:Flash",
+    "torch-sdpa-flash-cuda": "properties.subjects.torch_sdpa:FlashCuda",
+    "torch-sdpa-efficient": "properties.subjects.torch_sdpa:Efficient",
+    "torch-sdpa-cudnn": "properties.subjects.torch_sdpa:Cudnn",
+    "torch-varlen": "properties.subjects.torch_varlen:Varlen",
     "flax-decode": "properties.subjects.flax_decode:FlaxDecode",
     "jax-xla": "properties.subjects.jax_attention:JaxAttention",
+    "jax-cudnn": "properties.subjects.jax_attention:JaxCudnn",
     "keras-torch": "properties.subjects.keras_attention:KerasAttention",
     "mlx-cpu": "properties.subjects.mlx_attention:MlxAttention",
     "x-transformers": "properties.subjects.x_transformers:XTransformers",
     "torch-flex-eager": "properties.subjects.flex_attention:FlexEager",
+    "torch-flex-compiled": "properties.subjects.flex_attention:FlexCompiled",
     "transformers-dynamic-cache": "properties.subjects.transformers_eager:DynamicCacheEager",
     "transformers-static-cache": "properties.subjects.transformers_eager:StaticCacheEager",
+    "transformers-sdpa": "properties.subjects.transformers_eager:DynamicCacheSDPA",
 }
 
 
@@ -114,7 +121,8 @@ class Subject:
         """Whether a law that asks for this is owed: what it offers is, but what has to be declared."""
         match need:
             case "declared arithmetic":
-                return self.model(device) != PERMISSIVE
+                # Of an adapter's kernel only an outer bound is known, whatever its name.
+                return self.capabilities.meets(need) and self.model(device) != PERMISSIVE
             case "checked arguments":
                 return self.checks_arguments
             case _:

@@ -177,7 +177,7 @@ class Adapter:
     slow: ClassVar[bool] = False
 
     def run(self, call: Call) -> torch.Tensor | Result:
-        """Attend; raise what the kernel raises."""
+        """Attend; raise what the kernel raises, or NotOffered where it says that it does not take such a call."""
         raise NotImplementedError
 
     def model(self, device: str) -> ArithmeticModel:

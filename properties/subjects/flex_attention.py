@@ -1,4 +1,4 @@
-"""PyTorch's FlexAttention, not compiled.
+"""PyTorch's FlexAttention, not compiled on any device and compiled on CUDA.
 
 Compiled for a CPU it returns no log-sum-exps (2.13) and takes a minute and more for each shape.
 """
@@ -6,15 +6,22 @@ Compiled for a CPU it returns no log-sum-exps (2.13) and takes a minute and more
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from properties.capabilities import Policy
+from properties.capabilities import Policy, Topic
 from properties.subjects.adapter import Adapter, Call, Result
 from properties.subjects.torch_sdpa import CAPABILITIES
 
 _DOCS = "https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html"
+_DOCUMENTED: dict[Topic, Policy] = {
+    "causal alignment": Policy("the caller's: a mask is a function of both indices", "documented", _DOCS),
+    "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+}
 
 
 class FlexEager(Adapter):
@@ -30,12 +37,15 @@ class FlexEager(Adapter):
         empty=False,
         lse=True,
         policies={
-            "causal alignment": Policy("the caller's: a mask is a function of both indices", "documented", _DOCS),
-            "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+            **_DOCUMENTED,
             "empty rows": Policy("0 and -inf", "observed", is_ours=True),
             "NaN in unread memory": Policy("in a masked value it reaches the output, in a key not", "observed"),
         },
     )
+
+    def __init__(self) -> None:
+        """Use the function as it is."""
+        self.attend: Callable[..., Any] = flex_attention
 
     def run(self, call: Call) -> Result:
         """Give it the mask of the call, if one is needed."""
@@ -48,7 +58,7 @@ class FlexEager(Adapter):
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is not compiled
-            out, aux = flex_attention(
+            out, aux = self.attend(
                 call.query,
                 call.keys,
                 call.values,
@@ -58,3 +68,30 @@ class FlexEager(Adapter):
                 return_aux=AuxRequest(lse=True),
             )
         return Result(out, aux.lse)
+
+
+class FlexCompiled(FlexEager):
+    """Compiled for CUDA: a Triton kernel, for each pair of numbers of heads another, in seconds.
+
+    What it is offered is limited so that few are compiled: one head_dim, two sizes of groups, small cases.
+    """
+
+    name = "torch-flex-compiled"
+    slow = True
+    capabilities = replace(
+        FlexEager.capabilities,
+        dtypes=("float16", "bfloat16"),
+        head_dims=(64,),
+        groups=(1, 4),
+        devices=("cuda",),
+        policies=_DOCUMENTED,
+    )
+
+    def __init__(self) -> None:
+        """Have it compiled for all lengths at once, and for as many numbers of heads as there are."""
+        # Beyond its limit the compiler leaves the function as it is, which is another kernel.
+        torch._dynamo.config.recompile_limit = 1 << 20
+        torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+        # Processes of its own would outlive a worker that is killed.
+        torch._inductor.config.compile_threads = 1
+        self.attend = torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -1,12 +1,14 @@
-"""jax.nn.dot_product_attention, implementation "xla"."""
+"""jax.nn.dot_product_attention, one implementation at a time."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from properties.capabilities import Capabilities, Policy
+from properties.capabilities import Capabilities, NotOffered, Policy
 from properties.subjects.adapter import Adapter, Call
 
 _DOCS = "https://docs.jax.dev/en/latest/_autosummary/jax.nn.dot_product_attention.html"
@@ -16,6 +18,7 @@ class JaxAttention(Adapter):
     """Compiled for each shape, so cases are small."""
 
     name = "jax-xla"
+    implementation: ClassVar[str] = "xla"
     requires: ClassVar[dict[str, str]] = {"jax": "jax"}
     slow = True
     capabilities = Capabilities(
@@ -46,10 +49,10 @@ class JaxAttention(Adapter):
         dtype = jnp.dtype(str(call.query.dtype).removeprefix("torch."))
 
         def array(tensor: torch.Tensor) -> jax.Array:
-            return jnp.asarray(tensor.transpose(1, 2).float().numpy()).astype(dtype)
+            return jnp.asarray(tensor.transpose(1, 2).float().cpu().numpy()).astype(dtype)
 
         is_causal = call.is_causal and call.is_square
-        mask = None if is_causal or call.mask is None else jnp.asarray(call.mask.numpy())
+        mask = None if is_causal or call.mask is None else jnp.asarray(call.mask.cpu().numpy())
         out = jax.nn.dot_product_attention(
             array(call.query),
             array(call.keys),
@@ -57,6 +60,45 @@ class JaxAttention(Adapter):
             mask=mask,
             is_causal=is_causal,
             scale=call.scale,
-            implementation="xla",
+            implementation=self.implementation,
         )
-        return torch.tensor(np.asarray(out.astype(jnp.float32))).transpose(1, 2).to(call.query.dtype)
+        return torch.tensor(np.asarray(out.astype(jnp.float32))).transpose(1, 2).to(call.query)
+
+
+class JaxCudnn(JaxAttention):
+    """The graphs of cuDNN. What they do not take raises, as documented."""
+
+    name = "jax-cudnn"
+    implementation = "cudnn"
+    capabilities = replace(
+        JaxAttention.capabilities,
+        dtypes=("float16", "bfloat16"),
+        head_dims=range(8, 257, 8),
+        empty=False,
+        devices=("cuda",),
+        policies={
+            "causal alignment": Policy("not said; masks are given by the caller", "undefined"),
+            "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+        },
+    )
+
+    def __init__(self) -> None:
+        """Leave memory to PyTorch, which is there first."""
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    def run(self, call: Call) -> torch.Tensor:
+        """Do as the other implementation.
+
+        Raises:
+            NotOffered: cuDNN does not take such inputs.
+        """
+        import jax
+
+        try:
+            return super().run(call)
+        except NotImplementedError as error:
+            raise NotOffered("what cuDNN does not take") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "cudnn" in str(error).lower() and "EXECUTION_FAILED" not in str(error):
+                raise NotOffered("what cuDNN does not take") from error
+            raise

@@ -12,7 +12,7 @@ from properties.capabilities import EVERYTHING, Capabilities
 from properties.case import DTYPES, MAX_HEAD_DIM, MAX_HEADS
 
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-WIDTH = 132
+WIDTH = 142
 
 
 def show(names: Sequence[str], console: Console | None = None) -> None:
@@ -26,7 +26,9 @@ def show(names: Sequence[str], console: Console | None = None) -> None:
         for name in names:
             _print_one(console, name, *_known(name))
         return
-    table = Table("subject", "installed", "dtypes", "head_dim", "groups", "causal", "rows", "cache", "lse", "laws owed")
+    table = Table(
+        "subject", "installed", "runs on", "dtypes", "head_dim", "groups", "causal", "rows", "cache", "lse", "laws owed"
+    )
     owed_by_all = laws.discover()
     for name in (subjects.DEFAULT, *subjects.ADAPTERS):
         offered, missing = _known(name)
@@ -35,6 +37,7 @@ def show(names: Sequence[str], console: Console | None = None) -> None:
         table.add_row(
             name,
             "no" if missing else "yes",
+            " ".join(offered.devices),
             dtypes,
             _numbers(offered.head_dims, MAX_HEAD_DIM),
             _numbers(offered.groups, MAX_HEADS),

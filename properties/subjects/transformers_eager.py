@@ -1,14 +1,18 @@
-"""The attention that transformers runs with attn_implementation="eager", on its own caches."""
+"""The attention that transformers runs with attn_implementation="eager" or "sdpa", on its own caches."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 
 from properties.capabilities import Capabilities, Policy
+from properties.case import DTYPES
 from properties.subjects.adapter import Adapter, Call, Result
+from properties.subjects.torch_sdpa import TorchSDPA
+from references.arithmetic_model import ArithmeticModel
 
 
 def _offers(rollbacks: bool) -> Capabilities:
@@ -94,3 +98,30 @@ class StaticCacheEager(DynamicCacheEager):
 
         slots = call.cache_max_len if call.has_cache else call.new_keys.shape[2]
         return StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=slots)
+
+
+class DynamicCacheSDPA(DynamicCacheEager):
+    """A cache that grows by concatenation, and the attention that models have by default."""
+
+    name = "transformers-sdpa"
+    capabilities = replace(
+        _offers(rollbacks=True),
+        dtypes=DTYPES,
+        policies={"causal alignment": Policy("the caller's: True in a mask is what a query sees", "observed")},
+    )
+
+    def run(self, call: Call) -> Result:
+        """Append, then attend to all that the cache returns; without a mask where its own is the same."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        cache = self.continued(call)
+        keys, values = cache.update(call.new_keys, call.new_values, 0)
+        module = SimpleNamespace(num_key_value_groups=call.group_size, training=False)
+        is_causal = call.is_causal and call.is_square
+        mask = None if is_causal else call.mask
+        out, _ = sdpa_attention_forward(module, call.query, keys, values, mask, scaling=call.scale, is_causal=is_causal)
+        return Result(out.transpose(1, 2), buffers=(keys, values), state=cache)
+
+    def model(self, device: str) -> ArithmeticModel:
+        """PyTorch's, whatever backend it chooses."""
+        return TorchSDPA().model(device)
