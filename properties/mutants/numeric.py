@@ -8,12 +8,12 @@ VALUES = ("within_the_error_budget",)
 
 _LOGITS = 'logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]\n'
 _NEW_LOGITS = 'logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_NEW]\n'
-_FOLD = 'acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")'
-_Q_LOAD = "    q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)\n"
+FOLD = 'acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")'
+Q_LOAD = "    q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)\n"
 _FIRST_SUM = "    l_i = tl.zeros([BLOCK_M], tl.float32)\n    "
 
 
-def _both_logits(product: str) -> tuple[Edit, ...]:
+def both_logits(product: str) -> tuple[Edit, ...]:
     """The same change of the logits of cached and of new keys."""
     return tuple(
         Edit(PRIMITIVES, anchor, anchor.replace('tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale', product))
@@ -41,7 +41,7 @@ MUTANTS = (
         "NUMERIC",
         "scores are rounded to float16 before they are scaled",
         "abs(q.k) > 65504",
-        _both_logits('tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float16).to(tl.float32) * qk_scale'),
+        both_logits('tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float16).to(tl.float32) * qk_scale'),
         VALUES,
     ),
     Mutant(
@@ -49,7 +49,7 @@ MUTANTS = (
         "NUMERIC",
         "the accumulator is rounded to the input dtype after every tile",
         "several tiles, float16 or bfloat16",
-        (Edit(PRIMITIVES, _FOLD, _FOLD + ".to(v.dtype).to(tl.float32)"),),
+        (Edit(PRIMITIVES, FOLD, FOLD + ".to(v.dtype).to(tl.float32)"),),
         VALUES,
     ),
     Mutant(
@@ -57,7 +57,7 @@ MUTANTS = (
         "NUMERIC",
         "the accumulator is not rescaled when the maximum rises",
         "several tiles, a later one larger",
-        (Edit(PRIMITIVES, _FOLD, _FOLD.replace("acc * alpha[:, None]", "acc")),),
+        (Edit(PRIMITIVES, FOLD, FOLD.replace("acc * alpha[:, None]", "acc")),),
         VALUES,
     ),
     Mutant(
@@ -82,7 +82,7 @@ MUTANTS = (
         "the query is scaled in its own format before the product",
         "float16, bfloat16",
         tuple(
-            Edit(file, _Q_LOAD, _Q_LOAD + "    q = (q * qk_scale).to(q.dtype)\n    qk_scale = 1.0\n")
+            Edit(file, Q_LOAD, Q_LOAD + "    q = (q * qk_scale).to(q.dtype)\n    qk_scale = 1.0\n")
             for file in (SPLIT_KV, PREFILL)
         ),
         VALUES,
