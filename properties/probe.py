@@ -7,7 +7,6 @@ roundings, the merge) is the kernel's and keeps its declared value.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -143,12 +142,8 @@ def _provenance(device: str) -> tuple[str, str]:
     return name, f"measured {date} on {where}, {versions}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and write the model; return 1 if what was found has no model."""
-    parser = argparse.ArgumentParser(prog="python -m properties probe", description=__doc__)
-    parser.add_argument("--out", type=Path, help="the model file; default fixtures/models/<device>.json")
-    arguments = parser.parse_args(argv)
-
+def run(out: Path | None = None) -> int:
+    """Measure, print, and write the model, by default into ``fixtures/models``; 1 if what was found has no model."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,15 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"no model: {error}", file=sys.stderr)
         return 1
-    default = Path("fixtures") / "models" / f"{name.lower().replace(' ', '_')}.json"
-    out: Path = arguments.out or default
+    out = out or Path("fixtures") / "models" / f"{name.lower().replace(' ', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(model.to_json())
     figures = out.with_suffix(".measured.json")
     figures.write_text(json.dumps(record, indent=2) + "\n")
     print(f"wrote {out} and {figures}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

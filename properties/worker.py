@@ -42,7 +42,6 @@ class Ready:
         laws: sentence of each law that the subject owes.
         not_offered: what the subject lacks for each of the others.
         has_lse: whether it returns log-sum-exps.
-        versions: of everything that can change a result.
     """
 
     device: str = ""
@@ -50,7 +49,6 @@ class Ready:
     laws: dict[str, str] = field(default_factory=dict)
     not_offered: dict[str, str] = field(default_factory=dict)
     has_lse: bool = True
-    versions: dict[str, str] = field(default_factory=dict)
     error: str = ""
 
 
@@ -77,14 +75,7 @@ class Call:
     function: str
 
 
-@dataclass(frozen=True)
-class Measure:
-    """Run a problem of the league; answered by a Measured."""
-
-    case: Case
-
-
-Task = Assignment | Check | Save | Call | Measure
+Task = Assignment | Check | Save | Call
 
 
 def main(connection: Connection, setup: Setup) -> None:
@@ -121,8 +112,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
         return
     journal = Journal(Path(setup.journal))
     sentences = {name: law.sentence for name, law in found.items()}
-    described, versions = device.describe(chosen, subject.packages), device.versions(subject.packages)
-    connection.send(Ready(chosen, described, sentences, not_offered, subject.capabilities.lse, versions))
+    connection.send(Ready(chosen, device.describe(chosen), sentences, not_offered, subject.capabilities.lse))
     while True:
         task: Task = connection.recv()
         match task:
@@ -134,18 +124,6 @@ def _serve(connection: Connection, setup: Setup) -> None:
                 connection.send(saving.save(task.failure, Path(task.folder)))
             case Call():
                 connection.send(_call(task.function, journal))
-            case Measure():
-                connection.send(_measure(task.case, journal))
-
-
-def _measure(case: Case, journal: Journal) -> object:
-    from properties.league.measuring import measure
-
-    journal.begin("league", case.to_json())
-    try:
-        return measure(case)
-    finally:
-        journal.end()
 
 
 def _call(function: str, journal: Journal) -> object:

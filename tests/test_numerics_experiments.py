@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from properties.mutants.catalogue import select
+from properties.numerics import planted_faults
 from properties.numerics.noise_baselines import noise_of
-from properties.numerics.precision_faults import (
-    LATTICE_CASES,
-    caught_by,
-    clean_run,
-    lattice_differs,
-    look,
-)
+from properties.numerics.oracles import LATTICE_CASES, Kernel, Seen, caught_by, lattice_differs, look
+from properties.numerics.precision_faults import clean_run, simulated
 from properties.numerics.report import publish
 from properties.numerics.validate import FORMATS, MODELS, Experiment, main, measure, plan, utilisation
 from references.arithmetic_model import BLACKWELL, HOPPER, INTERPRETER, PERMISSIVE, ArithmeticModel
@@ -74,13 +71,54 @@ def test_validation_reports_and_succeeds(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("fmt", ["bfloat16", "float16"])
 @pytest.mark.parametrize("fault", NARROW)
 def test_every_planted_fault_is_caught(fault: Fault, fmt: str) -> None:
-    caught = sum(lattice_differs(fault, fmt, HOPPER, seed) for seed in range(LATTICE_CASES)) > 0
-    caught = caught or bool(caught_by(look(fault, fmt, HOPPER, SHAPES), HOPPER, fmt))
+    kernel = simulated(fmt, HOPPER, fault)
+    caught = sum(lattice_differs(kernel, seed) for seed in range(LATTICE_CASES)) > 0
+    caught = caught or bool(caught_by(look(kernel, SHAPES), kernel))
     assert caught
 
 
 def test_tf32_is_caught_on_float32_inputs() -> None:
-    assert caught_by(look("tf32", "float32", HOPPER, [("gauss", 200)]), HOPPER, "float32")
+    kernel = simulated("float32", HOPPER, "tf32")
+    assert caught_by(look(kernel, [("gauss", 200)]), kernel)
+
+
+def test_every_fault_of_the_simulator_is_planted_in_the_source() -> None:
+    assert set(planted_faults.PLANTED) == set(FAULTS)
+    mutants = [select([planted_faults.PLANTED[fault]])[0] for fault in FAULTS]
+    assert all(not mutant.of_the_suite and not mutant.neutral for mutant in mutants)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_shipped_source_raises_no_oracle_and_a_wrong_one_does(fmt: str) -> None:
+    clean = planted_faults.shipped(fmt)
+
+    def attend(*arguments: Any) -> Any:
+        out, lse = clean.attend(*arguments)
+        return out * (1 + 2.0**-5), lse * (1 + 2.0**-14)
+
+    broken = Kernel(fmt, clean.model, attend)
+    shapes = [("gauss", 200), ("level", 200)]
+    assert caught_by(look(clean, shapes), clean) == []
+    assert not any(lattice_differs(clean, seed) for seed in range(4))
+    assert {"gate out", "gate lse", "alarm"} <= set(caught_by(look(broken, shapes), broken))
+    assert lattice_differs(broken, 0)
+
+
+@pytest.mark.parametrize(("blind_to", "status"), [("nothing", 0), ("p_fp8", 1), (None, 1)])
+def test_a_planted_fault_that_escapes_fails_the_run(
+    blind_to: str | None, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``blind_to`` None: the source without a fault raises an oracle."""
+
+    def seen_in(fault: Fault | None, fmt: str) -> Seen:
+        objects = fault != blind_to if fault is not None else blind_to is None
+        return Seen(("0",), (), ("alarm",) if (objects and fmt != "float32") or fault == "tf32" else ())
+
+    monkeypatch.setattr(planted_faults, "seen_in", seen_in)
+    assert planted_faults.main([]) == status
+    printed = capsys.readouterr().out
+    assert "| p_fp8 | F316, primitives.py: weights are rounded to 8 bits" in printed
+    assert ("none" if status == 0 else f"{blind_to or 'none'} in bfloat16") in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("run", range(9))

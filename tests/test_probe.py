@@ -70,24 +70,25 @@ def test_stored_models_follow_from_their_measurements(path: Path) -> None:
 
     assert model.provenance == record["provenance"]
     assert all(unit["agreement"] == 1.0 for unit in fused)
-    assert model.fused_products == fused[0]["fused_products"]
+    assert [model.fused_products] * len(fused) == [unit["fused_products"] for unit in fused]
+    assert (model.accumulator == "fused") == bool(fused)
     assert model.exp2_error >= record["elementary"]["exp2_error"]
     assert record["elementary"]["exp2_exact"]
     assert record["elementary"]["log2_exact"]
     assert record["elementary"]["division_exact_by_powers"]
 
 
-def test_the_interpreter_is_measured(tmp_path: Path) -> None:
+def test_the_interpreter_computes_as_its_stored_model_says(tmp_path: Path) -> None:
     out = tmp_path / "model.json"
-    command = [sys.executable, "-m", "properties.probe", "--out", str(out)]
+    command = [sys.executable, "-m", "properties", "probe", "--out", str(out)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
-    model = ArithmeticModel.from_json(out.read_text())
+    found, stored = (ArithmeticModel.from_json(path.read_text()) for path in (out, STORED / "interpreter.json"))
     measured = json.loads((tmp_path / "model.measured.json").read_text())["elementary"]
 
-    assert model.accumulator == "ieee"
-    assert not model.carried
+    assert dataclasses.replace(found, provenance=stored.provenance) == stored
+    assert dataclasses.replace(INTERPRETER, provenance=stored.provenance) == stored
     assert measured["exp2_exact"]
     assert measured["log2_exact"]
     assert measured["division_exact"]

@@ -14,7 +14,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -25,7 +24,6 @@ from properties.guards import bits_of
 from properties.llama.activations import Activation
 from references.rounding import decode
 
-Float64Array = NDArray[np.float64]
 FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -42,15 +40,8 @@ class LayerCall:
 
     layer: int
     rows: list[Activation]
-    outs: list[Float64Array]
+    outs: list[np.ndarray[Any, np.dtype[np.float64]]]
     returned: Tensor
-    _expected: dict[int, tuple[Float64Array, Float64Array]] = field(default_factory=dict)
-
-    def expected(self, b: int) -> tuple[Float64Array, Float64Array]:
-        """The exact output of row ``b`` and its error budget; computed once."""
-        if b not in self._expected:
-            self._expected[b] = self.rows[b].expected()
-        return self._expected[b]
 
 
 @dataclass(eq=False)
@@ -107,10 +98,10 @@ def worst_of(call: LayerCall) -> float:
         AssertionError: an output exceeds its budget.
     """
     worst = 0.0
-    for b, out in enumerate(call.outs):
+    for b, (row, out) in enumerate(zip(call.rows, call.outs, strict=True)):
         if out.size == 0:
             continue
-        exact, allowed = call.expected(b)
+        exact, allowed = row.expected()
         used = float((np.abs(out - exact) / allowed).max())
         assert used <= 1.0, f"layer {call.layer}, row {b}: the attention output is off by {used:.2f} x its error budget"
         worst = max(worst, used)

@@ -61,7 +61,7 @@ class SubjectError(ValueError):
 
 
 # Tiles and splits of 16 keys, the smallest that tensor cores take, round most often: the largest budget.
-UNKNOWN_BLOCK_N = 16
+_UNKNOWN_BLOCK_N = 16
 
 
 def _unforced(case: Case) -> AbstractContextManager[None]:
@@ -71,7 +71,7 @@ def _unforced(case: Case) -> AbstractContextManager[None]:
 
 def _unknown_tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     del q_len
-    block_n = case.block_n or UNKNOWN_BLOCK_N
+    block_n = case.block_n or _UNKNOWN_BLOCK_N
     return tiling(cached, new, block_n, case.kv_split_size or block_n)
 
 
@@ -100,7 +100,6 @@ class Subject:
         checks_arguments: it refuses every malformed argument.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).
         capabilities: what it offers.
-        packages: what it needs beside PyTorch, as pip names it.
     """
 
     spec: str
@@ -117,7 +116,6 @@ class Subject:
     checks_arguments: bool = False
     is_disturbed: bool = False
     capabilities: Capabilities = EVERYTHING
-    packages: tuple[str, ...] = ()
 
     def meets(self, need: Need, device: str) -> bool:
         """Whether a law that asks for this is owed: what it offers is, but what has to be declared."""

@@ -21,6 +21,7 @@ CAPABILITIES = Capabilities(
     scales="positive",
     cache="none",
     overflow=False,
+    rollbacks=False,
     lse=False,
     tiles=False,
     empty=False,

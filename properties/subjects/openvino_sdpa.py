@@ -26,6 +26,7 @@ class OpenVINO(Adapter):
         dtypes=("float32",),
         cache="none",
         overflow=False,
+        rollbacks=False,
         lse=False,
         tiles=False,
         empty=False,

@@ -22,6 +22,7 @@ class Paddle(Adapter):
         dtypes=("float32",),
         cache="none",
         overflow=False,
+        rollbacks=False,
         lse=False,
         tiles=False,
         empty=False,

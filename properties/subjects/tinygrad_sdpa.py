@@ -1,4 +1,4 @@
-"""tinygrad's Tensor.scaled_dot_product_attention; set DEV to CPU (needs clang), CPU:LLVM or CPU:X86."""
+"""tinygrad's Tensor.scaled_dot_product_attention; set DEV=CPU (needs clang) or DEV=PYTHON (slow)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Tinygrad(Adapter):
         scales="default",
         cache="none",
         overflow=False,
+        rollbacks=False,
         lse=False,
         tiles=False,
         empty=False,
