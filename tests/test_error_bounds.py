@@ -222,6 +222,21 @@ def test_a_batch_of_heads_and_queries_equals_one_query_at_a_time() -> None:
                     assert whole.lse[h, i] == pytest.approx(one.lse[0, 0], rel=1e-9)
 
 
+def test_a_scaled_query_in_the_subnormal_range_is_aligned_as_the_smallest_normal_number() -> None:
+    # One key, so that lse is its logit. Scaled, every element of the query lies between 0 and the smallest number.
+    head_dim, key = 256, 2.0**10
+    model = dataclasses.replace(PERMISSIVE, scale_into_query=True)
+    query = np.full(head_dim, FLOAT16.smallest_normal)
+    problem = Problem(query, np.full((1, head_dim), key), np.ones((1, head_dim)), 2.0**-11 / LOG2E)
+
+    allowed = gate(problem, FLOAT16, model, tiling(1, 0, 16)).lse[0, 0]
+
+    steps = head_dim / model.fused_products
+    rounding = head_dim * FLOAT16.underflow_error() * key
+    alignment = steps * model.fused_step_error() * head_dim * FLOAT16.smallest_normal * key
+    assert allowed >= LN2 * (rounding + alignment)
+
+
 def float32_kernel(p: Problem, fmt: Format, tiles: Tiles) -> tuple[Float64Array, float]:
     """Online softmax in float32, one tile after the other, splits merged at the end."""
     f32 = np.float32

@@ -1,0 +1,74 @@
+"""Budgets of several sequences at once against those of every query alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from references.arithmetic_model import HOPPER, INTERPRETER, PERMISSIVE, ArithmeticModel
+from references.attention import visible_keys
+from references.error_bounds import ORACLE_SHARE, Sequence, budgets
+from references.rounding import FLOAT16
+from references.tiling import tiling
+from tests.value_families import Family, draw
+
+NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
+
+
+def drawn(
+    family: Family, q_len: int, kv_len: int, *, is_causal: bool = True, kv_split_size: int | None = None
+) -> Sequence:
+    """A sequence whose queries are all different; those of a kv head share its keys and values."""
+    problems = [
+        [draw(family, max(kv_len, 1), HEAD_DIM, FLOAT16, seed=head * q_len + i) for i in range(q_len)]
+        for head in range(NUM_Q_HEADS)
+    ]
+    kv_heads = [problems[head][0] for head in range(0, NUM_Q_HEADS, NUM_Q_HEADS // NUM_KV_HEADS)]
+    return Sequence(
+        query=np.array([[problem.query for problem in head] for head in problems]),
+        key=np.array([problem.key[:kv_len] for problem in kv_heads]),
+        value=np.array([problem.value[:kv_len] for problem in kv_heads]),
+        visible=visible_keys(q_len, kv_len, is_causal),
+        tiles=tiling(max(kv_len - q_len, 0), min(q_len, kv_len), 4, kv_split_size),
+    )
+
+
+def alone(sequence: Sequence, head: int, i: int) -> Sequence:
+    """One query of one head, with the keys of its kv head."""
+    kv_head = head // (NUM_Q_HEADS // NUM_KV_HEADS)
+    return Sequence(
+        sequence.query[head : head + 1, i : i + 1],
+        sequence.key[kv_head : kv_head + 1],
+        sequence.value[kv_head : kv_head + 1],
+        sequence.visible[i : i + 1],
+        sequence.tiles,
+    )
+
+
+@pytest.mark.parametrize("alarm_lambda", [None, 6.0], ids=["gate", "alarm"])
+@pytest.mark.parametrize("model", [INTERPRETER, HOPPER, PERMISSIVE], ids=lambda m: m.name)
+def test_sequences_together_have_the_budgets_that_each_query_has_alone(
+    model: ArithmeticModel, alarm_lambda: float | None
+) -> None:
+    together = [
+        drawn("normal", 3, 11, kv_split_size=4),
+        drawn("wide range", 1, 40, is_causal=False),
+        drawn("rising", 2, 1),
+        drawn("positive values", 5, 3),
+        drawn("one key wins", 1, 23, kv_split_size=8),
+        drawn("normal", 2, 0),
+    ]
+    together[3].value[1, 2, 5] = np.inf
+    options: dict[str, Any] = {"scale": 0.3, "fmt": "float16", "model": model, "alarm_lambda": alarm_lambda}
+    # What float64 may lose to cancellation in the centred term, in one of the two.
+    near: dict[str, Any] = {"rel": ORACLE_SHARE, "abs": 0.0, "nan_ok": True}
+
+    for sequence, found in zip(together, budgets(together, **options), strict=True):
+        for head, i in np.ndindex(*sequence.query.shape[:2]):
+            single = budgets([alone(sequence, head, i)], **options)[0]
+            assert found.out[head, i] == pytest.approx(single.out[0, 0], **near)
+            assert found.by_term[1:, head, i] == pytest.approx(single.by_term[1:, 0, 0], **near)
+            assert found.lse_by_term[:, head, i] == pytest.approx(single.lse_by_term[:, 0, 0], **near)
+            assert found.overflow_free[head, i] == single.overflow_free[0, 0]
