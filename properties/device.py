@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -52,7 +53,7 @@ def current() -> str:
     return choose()
 
 
-def describe(device: str) -> str:
+def describe(device: str, packages: Sequence[str] = ()) -> str:
     """The device and the versions that matter, in one line."""
     if device == "cuda":
         import torch
@@ -61,13 +62,14 @@ def describe(device: str) -> str:
         what = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
     else:
         what = f"Triton's interpreter on {os.cpu_count()} CPU cores"
-    return f"{what}; " + ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{what}; " + ", ".join(f"{name} {version}" for name, version in versions(packages).items())
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a result."""
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of everything that can change a result, and of some packages more, named as pip does."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "hypothesis"):
+    more = [package.partition("[")[0] for package in packages]  # mlx[cpu] is mlx
+    for name in (*more, "torch", "triton", "numpy", "hypothesis"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -153,6 +153,7 @@ class Verification:
         self.not_owed: list[str] = []
         self.has_lse = True
         self.description = ""
+        self.versions: dict[str, str] = {}
         self.regressions: list[dict[str, str]] = []
         self.began = time.monotonic()
         self.serial = 0
@@ -165,7 +166,7 @@ class Verification:
         interrupted = False
         try:
             ready = pool.workers[0].ready()
-            self.description = ready.description
+            self.description, self.versions = ready.description, ready.versions
             self.sentences, self.has_lse = ready.laws, ready.has_lse
             chosen = laws.select_names([*ready.laws, *ready.not_offered], options.law)
             self.results = {name: _Result() for name in chosen if name in ready.laws}
@@ -498,6 +499,7 @@ class Verification:
         return {
             "subject": self.options.subject,
             "device": self.description,
+            "versions": self.versions,
             "profile": self.options.profile,
             "seed": self.seed,
             "seconds": round(seconds, 3),

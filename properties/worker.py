@@ -42,6 +42,7 @@ class Ready:
         laws: sentence of each law that the subject owes.
         not_offered: what the subject lacks for each of the others.
         has_lse: whether it returns log-sum-exps.
+        versions: of everything that can change a result.
     """
 
     device: str = ""
@@ -49,6 +50,7 @@ class Ready:
     laws: dict[str, str] = field(default_factory=dict)
     not_offered: dict[str, str] = field(default_factory=dict)
     has_lse: bool = True
+    versions: dict[str, str] = field(default_factory=dict)
     error: str = ""
 
 
@@ -112,7 +114,8 @@ def _serve(connection: Connection, setup: Setup) -> None:
         return
     journal = Journal(Path(setup.journal))
     sentences = {name: law.sentence for name, law in found.items()}
-    connection.send(Ready(chosen, device.describe(chosen), sentences, not_offered, subject.capabilities.lse))
+    described, versions = device.describe(chosen, subject.packages), device.versions(subject.packages)
+    connection.send(Ready(chosen, described, sentences, not_offered, subject.capabilities.lse, versions))
     while True:
         task: Task = connection.recv()
         match task:

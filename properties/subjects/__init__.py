@@ -100,6 +100,7 @@ class Subject:
         checks_arguments: it refuses every malformed argument.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).
         capabilities: what it offers.
+        packages: what it needs beside PyTorch, as pip names it.
     """
 
     spec: str
@@ -116,6 +117,7 @@ class Subject:
     checks_arguments: bool = False
     is_disturbed: bool = False
     capabilities: Capabilities = EVERYTHING
+    packages: tuple[str, ...] = ()
 
     def meets(self, need: Need, device: str) -> bool:
         """Whether a law that asks for this is owed: what it offers is, but what has to be declared."""

@@ -292,6 +292,7 @@ def as_subject(adapter: Adapter, spec: str) -> Subject:
         model=adapter.model,
         slow=adapter.slow,
         capabilities=adapter.capabilities,
+        packages=tuple(adapter.requires),
     )
 
 

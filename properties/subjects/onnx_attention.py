@@ -21,7 +21,6 @@ CAPABILITIES = Capabilities(
     scales="positive",
     cache="none",
     overflow=False,
-    rollbacks=False,
     lse=False,
     tiles=False,
     empty=False,

@@ -21,7 +21,6 @@ _MHA = Capabilities(
     scales="positive",
     cache="none",
     overflow=False,
-    rollbacks=False,
     lse=False,
     tiles=False,
     empty=False,

@@ -26,7 +26,6 @@ class OpenVINO(Adapter):
         dtypes=("float32",),
         cache="none",
         overflow=False,
-        rollbacks=False,
         lse=False,
         tiles=False,
         empty=False,

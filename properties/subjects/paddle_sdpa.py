@@ -22,7 +22,6 @@ class Paddle(Adapter):
         dtypes=("float32",),
         cache="none",
         overflow=False,
-        rollbacks=False,
         lse=False,
         tiles=False,
         empty=False,

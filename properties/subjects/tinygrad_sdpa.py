@@ -23,7 +23,6 @@ class Tinygrad(Adapter):
         scales="default",
         cache="none",
         overflow=False,
-        rollbacks=False,
         lse=False,
         tiles=False,
         empty=False,
