@@ -78,6 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     kernels = commands.add_parser("subjects", help="list the kernels that can be put under test, and what they offer")
     kernels.add_argument("names", nargs="*", metavar="NAME", help="all that is known of these")
     kernels.set_defaults(run=_subjects)
+    league = commands.add_parser("league", help="which kernel is the most accurate, on equal problems")
+    league.add_argument(
+        "--subject", nargs="+", default=[], metavar="SPEC", dest="subjects", help="default all that are installed"
+    )
+    league.add_argument("--cases", type=_positive, default=60, metavar="N", help="problems")
+    league.add_argument("--seed", type=int, default=0, metavar="S", help="draw other problems")
+    league.add_argument(
+        "--merge", nargs="+", type=Path, metavar="FILE", help="run nothing: show what these JSON files say"
+    )
+    league.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    league.add_argument("--plot", type=Path, metavar="FILE", help="also draw them here")
+    league.add_argument("--markdown", type=Path, metavar="FILE", help="also write the document here")
+    league.add_argument("--device", choices=DEVICES, default="auto")
+    league.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
+    league.set_defaults(run=_league)
     probe = commands.add_parser("probe", help="identify the arithmetic of this machine's matrix units")
     probe.add_argument("--out", type=Path, metavar="FILE", help="the model; default fixtures/models/DEVICE.json")
     probe.set_defaults(run=_probe)
@@ -175,6 +190,28 @@ def _subjects(arguments: argparse.Namespace) -> int:
 
     device.choose()
     table.show(arguments.names)
+    return 0
+
+
+def _league(arguments: argparse.Namespace) -> int:
+    from properties import device
+    from properties.league import report, standings
+
+    if arguments.merge:
+        results = standings.merge([standings.read(path) for path in arguments.merge])
+    else:
+        device.choose(arguments.device)
+        workers, gpus = verify.workers_for(arguments.device, arguments.workers)
+        names = tuple(arguments.subjects or standings.installed())
+        options = standings.Options(names, arguments.cases, arguments.seed, arguments.device, workers, gpus)
+        results = standings.compete(options)
+    report.show(results)
+    if arguments.json:
+        standings.write(results, arguments.json)
+    if arguments.plot:
+        report.draw(results, arguments.plot)
+    if arguments.markdown:
+        arguments.markdown.write_text(report.markdown(results, arguments.plot, arguments.markdown.parent))
     return 0
 
 

@@ -246,19 +246,17 @@ def assert_shapes(got: Got, expected: Expected) -> None:
             raise LawViolation("shape", report, got.case, [Sighting(got.case, got.step, name, ())])
 
 
-def _within(
-    name: str,
-    got: Float64Array,
-    expected: Float64Array,
-    budget: Float64Array,
-    overflow_free: NDArray[np.bool_],
-    terms: Mapping[str, Float64Array],
-    source: Got,
-) -> float:
+def error_over_budget(
+    got: Float64Array, expected: Float64Array, budget: Float64Array, overflow_free: NDArray[np.bool_]
+) -> tuple[Float64Array, Float64Array]:
+    """(error, error / budget) of each element: both 0 where the result is right or may overflow, never NaN.
+
+    Args:
+        got, expected, budget: of one shape.
+        overflow_free: broadcasts to that; see ``Expected``.
+    """
     # Where a non-finite input is visible there is no budget; the result must be non-finite if the reference's is.
     unbounded = np.isnan(budget)
-    if (budget < 0).any():
-        raise ValueError(f"the budget of {name} must be non-negative, got {float(np.nanmin(budget))}")
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(got - expected)
         # Equal infinities (lse of a query that sees nothing) differ by NaN.
@@ -268,6 +266,21 @@ def _within(
         error = np.where(both_poisoned | may_overflow, 0.0, error)
         ratio = np.where(error == 0.0, 0.0, error / budget)
     ratio = np.where(np.isnan(ratio), np.inf, ratio)
+    return error, ratio
+
+
+def _within(
+    name: str,
+    got: Float64Array,
+    expected: Float64Array,
+    budget: Float64Array,
+    overflow_free: NDArray[np.bool_],
+    terms: Mapping[str, Float64Array],
+    source: Got,
+) -> float:
+    if (budget < 0).any():
+        raise ValueError(f"the budget of {name} must be non-negative, got {float(np.nanmin(budget))}")
+    error, ratio = error_over_budget(got, expected, budget, overflow_free)
     worst = float(ratio.max())
     if worst <= 1.0:
         return worst

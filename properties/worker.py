@@ -77,7 +77,14 @@ class Call:
     function: str
 
 
-Task = Assignment | Check | Save | Call
+@dataclass(frozen=True)
+class Measure:
+    """Run a problem of the league; answered by a Measured."""
+
+    case: Case
+
+
+Task = Assignment | Check | Save | Call | Measure
 
 
 def main(connection: Connection, setup: Setup) -> None:
@@ -127,6 +134,18 @@ def _serve(connection: Connection, setup: Setup) -> None:
                 connection.send(saving.save(task.failure, Path(task.folder)))
             case Call():
                 connection.send(_call(task.function, journal))
+            case Measure():
+                connection.send(_measure(task.case, journal))
+
+
+def _measure(case: Case, journal: Journal) -> object:
+    from properties.league.measuring import measure
+
+    journal.begin("league", case.to_json())
+    try:
+        return measure(case)
+    finally:
+        journal.end()
 
 
 def _call(function: str, journal: Journal) -> object:

@@ -61,7 +61,7 @@ class SubjectError(ValueError):
 
 
 # Tiles and splits of 16 keys, the smallest that tensor cores take, round most often: the largest budget.
-_UNKNOWN_BLOCK_N = 16
+UNKNOWN_BLOCK_N = 16
 
 
 def _unforced(case: Case) -> AbstractContextManager[None]:
@@ -71,7 +71,7 @@ def _unforced(case: Case) -> AbstractContextManager[None]:
 
 def _unknown_tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     del q_len
-    block_n = case.block_n or _UNKNOWN_BLOCK_N
+    block_n = case.block_n or UNKNOWN_BLOCK_N
     return tiling(cached, new, block_n, case.kv_split_size or block_n)
 
 

@@ -89,7 +89,10 @@ class OnnxRuntimeMHA(Adapter):
 
 
 class OnnxRuntimeGQA(Adapter):
-    """GroupQueryAttention with its cache, each call a right-padded chunk of ``query_seqlens`` tokens."""
+    """GroupQueryAttention with its cache, each call a right-padded chunk of ``query_seqlens`` tokens.
+
+    It refuses rows without a key, so such a row is given the first of its padding as a token, in a slot that is spare.
+    """
 
     name = "onnxruntime-gqa"
     requires: ClassVar[dict[str, str]] = {"onnxruntime": "onnxruntime", "onnx": "onnx"}
@@ -106,6 +109,7 @@ class OnnxRuntimeGQA(Adapter):
         kv_heads = call.new_keys.shape[1]
         capacity = max(call.seq_lens) + q_len
         total = max(*call.kv_lens, q_len)
+        new_lens = [new or int(kv_len == 0) for new, kv_len in zip(call.new_lens, call.kv_lens, strict=True)]
         buffers = []
         for old in call.buffers or (call.new_keys[:, :, :0], call.new_values[:, :, :0]):
             grown = old.new_zeros(batch, kv_heads, max(capacity, old.shape[2]), head_dim)
@@ -121,10 +125,10 @@ class OnnxRuntimeGQA(Adapter):
             "value": value,
             "past_key": buffers[0],
             "past_value": buffers[1],
-            "seqlens_k": np.array(call.kv_lens, np.int32) - 1,
+            "seqlens_k": np.add(call.seq_lens, new_lens, dtype=np.int32) - 1,
             "total_sequence_length": np.array(total, np.int32),
             **dict.fromkeys(("cos", "sin", "position_ids", "bias", "sink", "k_scale", "v_scale", "q_norm", "k_norm")),
-            "query_seqlens": np.array(call.new_lens, np.int32),
+            "query_seqlens": np.array(new_lens, np.int32),
         }
         attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale}
         out, new_keys, new_values = self.session.run(inputs, ["output", "present_key", "present_value"], **attributes)

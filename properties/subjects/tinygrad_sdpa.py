@@ -1,4 +1,4 @@
-"""tinygrad's Tensor.scaled_dot_product_attention; set DEV=CPU (needs clang) or DEV=PYTHON (slow)."""
+"""tinygrad's Tensor.scaled_dot_product_attention; set DEV to CPU (needs clang), CPU:LLVM or CPU:X86."""
 
 from __future__ import annotations
 
