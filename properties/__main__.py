@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--case-seconds", type=_seconds, default=30.0, metavar="S", help="a case that runs longer is a hang"
     )
+    check.add_argument(
+        "--worker-gib", type=_gib, metavar="GIB", help="memory a worker may hold; default half the machine's"
+    )
     _common(check)
     check.set_defaults(run=_verify)
 
@@ -77,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     names.set_defaults(run=_laws)
     kernels = commands.add_parser("subjects", help="list the kernels that can be put under test, and what they offer")
     kernels.add_argument("names", nargs="*", metavar="NAME", help="all that is known of these")
+    kernels.add_argument(
+        "--verdicts",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="put these results of verify --json into docs/findings.md",
+    )
     kernels.set_defaults(run=_subjects)
     league = commands.add_parser("league", help="which kernel is the most accurate, on equal problems")
     league.add_argument(
@@ -117,9 +127,17 @@ def _positive(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
+    return _amount(text, "seconds")
+
+
+def _gib(text: str) -> float:
+    return _amount(text, "GiB")
+
+
+def _amount(text: str, unit: str) -> float:
     value = float(text)
     if not 0 < value < 1e7:
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive number of {unit}, got {text}")
     return value
 
 
@@ -134,6 +152,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         subject=arguments.subject,
         json_path=arguments.json,
         case_seconds=arguments.case_seconds,
+        worker_bytes=None if arguments.worker_gib is None else int(arguments.worker_gib * 2**30),
     )
     workers, gpus = verify.workers_for(arguments.device, arguments.workers)
     return verify.verify(replace(options, workers=workers, gpus=gpus))
@@ -186,8 +205,11 @@ def _laws(arguments: argparse.Namespace) -> int:
 
 def _subjects(arguments: argparse.Namespace) -> int:
     from properties import device
-    from properties.subjects import table
+    from properties.subjects import table, verdicts
 
+    if arguments.verdicts:
+        verdicts.update(arguments.verdicts)
+        return 0
     device.choose()
     table.show(arguments.names)
     return 0

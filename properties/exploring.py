@@ -35,7 +35,7 @@ class Failure:
     Attributes:
         law: name of the law.
         case: as small as it became.
-        kind: see ``LawViolation.kind``; "crash" and "hang" if the process did not survive it.
+        kind: see ``LawViolation.kind``; "crash", "hang" and "memory" if the process did not survive it.
         report: what a person reads, without the replay command.
         sightings: the elements compared.
         sibling_laws: other laws that the same case breaks.

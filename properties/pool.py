@@ -20,6 +20,8 @@ from properties.journal import Entry, Journal
 from properties.worker import Ready, Setup, Task, main
 
 START_SECONDS = 300.0
+# Of the machine's memory, what one worker may hold unless somebody says otherwise.
+MEMORY_SHARE = 0.5
 
 
 class WorkerError(RuntimeError):
@@ -44,10 +46,10 @@ class Death:
     """A worker died or had to be killed in the middle of a case.
 
     Attributes:
-        kind: "crash" or "hang".
+        kind: "crash", "hang" or "memory".
         law: the law at work.
         case: the case; None if it could not be read back.
-        how: in words: the signal or exit status, or the time waited.
+        how: in words: the signal or exit status, the time waited, or the memory held.
         cases: cases begun since the worker was given its task.
     """
 
@@ -62,10 +64,18 @@ class Worker:
     """One worker process, its pipe and its journal."""
 
     def __init__(
-        self, folder: Path, number: int, subject: str, device: str, gpu: int | None = None, first_on_path: str = ""
+        self,
+        folder: Path,
+        number: int,
+        subject: str,
+        device: str,
+        gpu: int | None = None,
+        first_on_path: str = "",
+        memory: int | None = None,
     ) -> None:
-        """Start the process; ``ready`` waits for it."""
+        """Start the process, which may hold ``memory`` bytes; ``ready`` waits for it."""
         self.number = number
+        self.memory = int(MEMORY_SHARE * _machine_memory()) if memory is None else memory
         self.task: Task | None = None
         self._path = folder / f"worker-{number}"
         self._setup = Setup(subject, device, str(self._path), gpu, first_on_path)
@@ -133,6 +143,13 @@ class Worker:
             self.process.kill()
             self.process.join()
             return self._death("hang", f"did not return within {case_seconds:.0f} s")
+        held = _held(self.process.pid)
+        if entry.running and held > self.memory:
+            self.process.kill()
+            self.process.join()
+            return self._death(
+                "memory", f"held {held / 2**30:.1f} GiB, more than the {self.memory / 2**30:.1f} allowed"
+            )
         return None
 
     def _death(self, kind: str, how: str) -> Death:
@@ -165,14 +182,15 @@ class Answer:
 class Pool:
     """A number of workers."""
 
-    def __init__(self, size: int, subject: str, device: str, gpus: int = 0) -> None:
-        """Start them; worker i uses GPU i modulo ``gpus`` if there are any."""
+    def __init__(self, size: int, subject: str, device: str, gpus: int = 0, memory: int | None = None) -> None:
+        """Start them; worker i uses GPU i modulo ``gpus`` if there are any, and may hold ``memory`` bytes."""
         self._folder = tempfile.TemporaryDirectory(prefix="properties-")
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(variable, "1")  # one core a worker
         path = Path(self._folder.name)
         self.workers = [
-            Worker(path, number, subject, device, number % gpus if gpus else None) for number in range(size)
+            Worker(path, number, subject, device, number % gpus if gpus else None, memory=memory)
+            for number in range(size)
         ]
 
     def idle(self) -> list[Worker]:
@@ -196,6 +214,18 @@ class Pool:
         for worker in self.workers:
             worker.stop()
         self._folder.cleanup()
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _held(pid: int | None) -> int:
+    """Bytes of memory that a process has touched and still holds; 0 if nobody says."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _how_it_ended(exitcode: int | None) -> str:

@@ -40,6 +40,16 @@ SHRINK_AFTER_FAILURE = 3.0
 SIBLING_SECONDS = 8.0
 CRASH_REDUCTION_SECONDS = 25.0
 REGIONS_SHOWN = 6
+WHAT_DIED_DID = {
+    "crash": "killed its process",
+    "hang": "did not return",
+    "memory": "took too much memory",
+}
+HINTS = {
+    "crash": "",
+    "hang": "; if it is only slow, raise --case-seconds",
+    "memory": "; if it needs that much, raise --worker-gib",
+}
 # While a hang is being reduced, a case counts as one after ten times what the others took, at least this long (and
 # this long while none has come back); the final case gets the full limit.
 SHORTEST_HANG_SECONDS = 1.0
@@ -86,6 +96,7 @@ class Options:
     workers: int = 1
     gpus: int = 0
     case_seconds: float = 30.0
+    worker_bytes: int | None = None
     regressions: Path = REGRESSIONS
     candidates: Path = CANDIDATES
     database: str | None = DATABASE
@@ -162,7 +173,7 @@ class Verification:
     def run(self) -> int:
         """Do everything; the exit status."""
         options = self.options
-        pool = Pool(options.workers, options.subject, options.device, options.gpus)
+        pool = Pool(options.workers, options.subject, options.device, options.gpus, options.worker_bytes)
         interrupted = False
         try:
             ready = pool.workers[0].ready()
@@ -318,8 +329,7 @@ class Verification:
         result.tally.cases += death.cases
         if result.failure is not None:
             return
-        what = "did not return" if death.kind == "hang" else "killed its process"
-        hint = "; if it is only slow, raise --case-seconds" if death.kind == "hang" else ""
+        what, hint = WHAT_DIED_DID[death.kind], HINTS[death.kind]
         if death.case is None:
             report = f"the kernel {what}\n  {death.how}, on a case that was not noted"
             result.failure = Failure(death.law, Case(), death.kind, report)
@@ -354,7 +364,7 @@ class Verification:
             return None
 
         def fails(case: Case) -> bool:
-            if death.kind == "crash":
+            if death.kind != "hang":
                 return dies(case, self.options.case_seconds) is not None
             patience = 10 * longest if longest else FIRST_HANG_SECONDS
             return dies(case, min(max(patience, SHORTEST_HANG_SECONDS), self.options.case_seconds)) is not None
@@ -369,7 +379,7 @@ class Verification:
 
     def _failure(self, worker: Worker, failure: Failure) -> None:
         """Show it, store it, and see which other laws the case breaks."""
-        if failure.kind not in ("crash", "hang", "search"):
+        if failure.kind not in (*WHAT_DIED_DID, "search"):
             deadline = time.monotonic() + SIBLING_SECONDS
             broken = []
             for name in self.results:

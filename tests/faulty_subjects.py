@@ -16,7 +16,16 @@ import torch
 from properties.subjects import naive
 from properties.subjects.naive import SLOW, CacheOverflowError, KVCache
 
-__all__ = ["SLOW", "CacheOverflowError", "KVCache", "aborts", "hangs", "loses_the_context", "reads_far_outside"]
+__all__ = [
+    "SLOW",
+    "CacheOverflowError",
+    "KVCache",
+    "aborts",
+    "hangs",
+    "hoards",
+    "loses_the_context",
+    "reads_far_outside",
+]
 
 
 def _until_17_keys(act: Callable[[], None]) -> Callable[..., Any]:
@@ -41,7 +50,14 @@ def _lose_the_context() -> None:
     torch.zeros(4, device="cuda")[torch.tensor([1 << 30], device="cuda")]
 
 
+def _hoard() -> None:
+    """Take 4 GiB and never return: without end, as far as a limit below that can tell."""
+    held = [np.ones(1 << 24) for _ in range(32)]
+    time.sleep(1e6 * len(held))
+
+
 aborts = _until_17_keys(os.abort)
 hangs = _until_17_keys(lambda: time.sleep(1e6))
+hoards = _until_17_keys(_hoard)
 loses_the_context = _until_17_keys(_lose_the_context)
 reads_far_outside = _until_17_keys(_read_far_outside)

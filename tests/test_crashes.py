@@ -45,6 +45,22 @@ def test_death_is_a_verdict_with_a_small_case(kernel: str, kind: str, words: str
     assert failure["case"]["values"] == "zeros"
 
 
+def test_taking_memory_without_end_is_a_verdict_too(tmp_path: Path) -> None:
+    done = properties(
+        "verify",
+        *("--subject", "tests.faulty_subjects:hoards", "--law", "append_stores", "--worker-gib", 1),
+        *("--seconds", 8, "--seed", 2, "-n", 1, "--json", "result.json"),
+        folder=tmp_path,
+    )
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the kernel took too much memory\n  held " in done.stdout
+    assert " GiB, more than the 1.0 allowed; if it needs that much, raise --worker-gib\n  case: " in done.stdout
+    failure = json.loads((tmp_path / "result.json").read_text())["laws"][0]["failure"]
+    assert failure["kind"] == "memory"
+    assert max(row["cached"] + sum(row["new"]) for row in failure["case"]["rows"]) >= 17
+
+
 def test_the_journal_tells_another_process_what_is_running(tmp_path: Path) -> None:
     writer, reader = Journal(tmp_path / "journal"), Journal(tmp_path / "journal")
     case = Case(rows=(Row(0, (17,)),))

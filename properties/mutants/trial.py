@@ -17,7 +17,7 @@ from properties.case import Case
 from properties.exploring import Assignment, Failure, Outcome
 from properties.mutants.mutant import Mutant, write_mutated
 from properties.pool import Answer, Death, Worker
-from properties.verify import ask
+from properties.verify import WHAT_DIED_DID, ask
 from properties.worker import Call, Check
 
 KILLED, SURVIVED, UNSOUND = "killed", "survived", "unsound"
@@ -189,7 +189,7 @@ def _try_kernel(mutant: Mutant, effort: Effort, original: Original, worker: Work
         if failure is not None:
             _judge(verdict, failure, original)
             break
-    if failure is not None and effort.siblings and failure.kind not in ("crash", "hang"):
+    if failure is not None and effort.siblings and failure.kind not in WHAT_DIED_DID:
         verdict.laws += _siblings(worker, laws, failure, effort.case_seconds)
     if effort.baselines:
         verdict.baselines = _baselines(worker)
