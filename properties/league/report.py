@@ -28,7 +28,8 @@ most that rounding explains; errors cancel, so right kernels stay well below.
 A number is a quantile of |error| / budget over elements, each problem weighing the same; *inf* is not a number.
 *wrong* counts problems with an element beyond the subject's own budget (the same one, unless its adapter declares
 other arithmetic), with a call that raised, or that killed its process; elements that are wrong are part of the
-quantiles.
+quantiles. That is less accurate than the budget's kernel, and not by itself a broken promise: in float16 and bfloat16 a
+kernel that rounds its logits to the dtype cannot keep it.
 """
 
 
