@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from properties.subjects import Subject
 
 Function = Callable[..., Any]
 
-FAR_ELEMENTS = {"cpu": 2**36, "cuda": 2**33}  # of one tensor of `far_apart`, gaps included: they take memory on a GPU
+FAR_ELEMENTS = {"cpu": 2**36, "cuda": 2**32}  # of one tensor of `far_apart`, gaps included: they take memory on a GPU
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
@@ -108,34 +108,34 @@ def _untouched(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * like.element_size(), flags=flags), dtype=like.dtype)
 
 
-def far_apart(subject: Subject, axis: int, what: str = "all") -> Subject:
-    """Offsets pass 2**31 elements: neighbours along one axis of every tensor lie far from each other.
+def far_apart(subject: Subject, axes: Sequence[int], what: str = "all", reach: int | None = None) -> Subject:
+    """Offsets pass 2**31 elements: neighbours along some axes of every tensor lie far from each other.
 
     The caller's cache is left alone; the one returned lies in the large memory. On the CPU most of that is never
     touched and so costs nothing.
 
     Args:
         subject: the kernel.
-        axis: 0 batch rows, 1 heads, 2 tokens.
+        axes: 0 batch rows, those of the lengths too, 1 heads, 2 tokens.
         what: "all" tensors; or, where there is a cache, the "cache" or the "new" tokens alone.
+        reach: that many places after the first one of an axis, offsets pass 2**31: none before does. A tensor that
+            would get longer than ``FAR_ELEMENTS`` is spread less; None, and one that is shorter: at its last place.
     """
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
-        count = tensor.shape[axis]
-        if count < 2 or not tensor.numel():
+        if not tensor.numel():
             return tensor
-        # The last one along the axis starts past 2**31 elements, and so does the last token of a tile of 16 while
-        # that keeps memory within bounds. A multiple of 8 stays aligned.
-        nearest = -(-(2**31) // (count - 1))
-        far = -(-max(nearest, min(2**31 // 15, FAR_ELEMENTS[tensor.device.type] // count)) // 8) * 8 + 8
-        strides = [0] * 4
-        step = 1
-        for dim in (3, 2, 1, 0):
-            if dim != axis:
-                strides[dim], step = step, step * tensor.shape[dim]
-            if dim == 3:
-                step = -(-step // 8) * 8
-        strides[axis] = max(far, -(-step // 8) * 8)
+        strides = [0] * tensor.dim()
+        size = 1
+        for dim in range(tensor.dim() - 1, -1, -1):
+            strides[dim] = size
+            size = -(-size * tensor.shape[dim] // 8) * 8  # a multiple of 8 stays aligned
+        for axis in axes:
+            count = tensor.shape[axis] if axis < tensor.dim() else 1
+            if count > 1:
+                places = min(count - 1, max(reach or count, -(-count * 2**31 // FAR_ELEMENTS[tensor.device.type])))
+                # Whole tensors further: no two elements coincide.
+                strides[axis] += -(-(2**31) // (places * size)) * size
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
         return _untouched(span, tensor).as_strided(tensor.shape, strides).copy_(tensor)
 
@@ -145,13 +145,20 @@ def far_apart(subject: Subject, axis: int, what: str = "all") -> Subject:
             if past is not None:
                 options["past_key_value"] = tuple(buffer if what == "new" else spread(buffer) for buffer in past)
                 options.setdefault("seq_lens", getattr(past, "seq_lens", None))
-                if what == "cache":
-                    return function(*tensors, **options)
+            for name in {"seq_lens", "new_lens"} & options.keys() if 0 in axes else ():
+                options[name] = spread(options[name].int())
+            if past is not None and what == "cache":
+                return function(*tensors, **options)
             return function(*(spread(tensor) for tensor in tensors), **options)
 
         return far
 
     return _wrapped(subject, wrap)
+
+
+def give_memory_back() -> None:
+    """Let other processes have the memory of a GPU that ``far_apart`` took; elsewhere nothing is kept."""
+    torch.cuda.empty_cache()
 
 
 def before_inaccessible_memory(subject: Subject) -> Subject:

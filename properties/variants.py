@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from properties.case import Case, Row, Step
+from properties.case import MAX_LENGTH, Case, Row, Step
 from properties.values import LATTICE_EXPONENTS
 from references.lattice import lattice_scale
 
@@ -253,6 +253,26 @@ def not_causal(case: Case) -> Case:
 def with_own_heads(case: Case) -> Case:
     """No two heads share memory, so that a patch sets one element."""
     return replace(case, key_layout="contiguous") if case.key_layout == "expanded_heads" else case
+
+
+def with_a_full_tile(case: Case, tile: int) -> Case:
+    """One call whose first row (of op "attention" every row) has a tile of keys and two more, without a spare slot.
+
+    By the seed each row brings as many tokens (of op "attention", queries) as drawn, at most one, or at most as many as
+    there are keys, in tiles of that size.
+    """
+    first = one_call(case)
+    if not case.rows:
+        return first
+    keys, which = tile + 2, case.seed % 4
+    if which == 1:
+        first = with_tiles(first, case.block_m, tile)
+    most = (1, keys)[which] if which < 2 else MAX_LENGTH
+    rows = [replace(row, new=(min(most, row.new[0]),)) for row in first.rows]
+    rows[0] = replace(rows[0], cached=max(keys, rows[0].cached))
+    if case.op == "attention":
+        return replace(first, rows=tuple(replace(row, cached=rows[0].cached) for row in rows))
+    return roomy(replace(first, rows=tuple(rows), capacity=max(row.cached + row.new[0] for row in rows)))
 
 
 def then_again(case: Case, refuse_first: bool) -> Case:

@@ -145,8 +145,8 @@ def test_callers_call_as_they_say() -> None:
 
 
 @pytest.mark.parametrize("what", ["all", "cache", "new"])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_far_tensors_span_more_than_two_to_the_31_elements(axis: int, what: str) -> None:
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1)])
+def test_far_tensors_span_more_than_two_to_the_31_elements(axes: tuple[int, ...], what: str) -> None:
     spans: list[int] = []
 
     def spy(*tensors: Any, **options: Any) -> Any:
@@ -155,10 +155,36 @@ def test_far_tensors_span_more_than_two_to_the_31_elements(axis: int, what: str)
         return naive.attention_with_kv_cache(*tensors, **options)
 
     case = replace(CASE, rows=tuple(replace(row, new=row.new[:1]) for row in CASE.rows), steps=(Step(),))
-    far = run(case, callers.far_apart(called(spy), axis, what))
+    far = run(case, callers.far_apart(called(spy), axes, what))
 
     assert_same_outputs(far.outputs, run(case, NAIVE).outputs)
     assert [span > 2**31 for span in spans] == [what != "cache"] * 3 + [what != "new"] * 2
+
+
+def test_far_tokens_pass_two_to_the_31_at_the_place_asked_for() -> None:
+    strides: list[int] = []
+
+    def spy(*tensors: Any, **options: Any) -> Any:
+        strides.extend(buffer.stride(2) for buffer in options["past_key_value"])
+        return naive.attention_with_kv_cache(*tensors, **options)
+
+    case = replace(CASE, rows=(Row(9, (1,)),), steps=(Step(),), start="tuple", capacity=10)
+    run(case, callers.far_apart(called(spy), (2,), "cache", 4))
+
+    assert [3 * stride < 2**31 <= 4 * stride for stride in strides] == [True, True]
+
+
+def test_lengths_of_far_rows_lie_far_apart_too() -> None:
+    places: list[int] = []
+
+    def spy(*tensors: Any, **options: Any) -> Any:
+        places.extend((len(options[name]) - 1) * options[name].stride(0) for name in ("seq_lens", "new_lens"))
+        return naive.attention_with_kv_cache(*tensors, **options)
+
+    case = replace(CASE, rows=(Row(2, (1,)), Row(3, (2,)), Row(1, (0,))), steps=(Step(),), start="tuple", capacity=5)
+    run(case, callers.far_apart(called(spy), (0,), "new"))
+
+    assert [place >= 2**31 for place in places] == [True, True]
 
 
 def test_a_result_that_changes_after_some_repeats_is_seen() -> None:

@@ -15,6 +15,9 @@ def _narrow(id_: str, file: str, anchor: str, replacement: str, what: str) -> Mu
 
 _QUERY = "(q_head * stride_qh + query.to(tl.int64) * stride_qm)"
 _WIDE = "any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:])"
+_LARGER = "max(plan.block_n, plan.block_new)"
+_LENGTH = "tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)"
+_NEW_LENGTH = "tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)"
 _CACHE_ROW = "k_cache_ptr += b64 * stride_kcb + h64 * stride_kch"
 _NEW_ROW = "v_new_ptr += b64 * stride_vnb + h64 * stride_vnh"
 
@@ -56,4 +59,18 @@ MUTANTS = (
     ),
     _narrow("F241", APPEND, "b64 = b.to(tl.int64)", "b64 = b", "the row of a separate append"),
     _narrow("F242", APPEND, "h64 = h.to(tl.int64)", "h64 = h", "the head of a separate append"),
+    _narrow(
+        "F330", WRAPPER, _WIDE, _WIDE.replace(_LARGER, "plan.block_n"), "an offset inside a larger tile of new tokens"
+    ),
+    _narrow(
+        "F331",
+        WRAPPER,
+        _WIDE,
+        _WIDE.replace(_LARGER, "plan.block_new"),
+        "an offset inside a larger tile of cached ones",
+    ),
+    _narrow("F332", PRIMITIVES, _LENGTH, _LENGTH.replace(".to(tl.int64)", ""), "the place of a row's length"),
+    _narrow(
+        "F333", PRIMITIVES, _NEW_LENGTH, _NEW_LENGTH.replace(".to(tl.int64)", ""), "the place of a row's new length"
+    ),
 )
