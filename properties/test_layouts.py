@@ -39,7 +39,7 @@ def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
     """
     case = with_a_full_tile(contiguous(case), 16)
     dense = run(case).outputs
-    last_key = max(row.cached for row in case.rows) - 1
+    last_key = max((row.cached for row in case.rows), default=1) - 1
     for what, reaches in (("cache", (last_key, 15)), ("new", (None, 15))):
         for axes, reach in (((0, 1), None), ((2,), reaches[0]), ((2,), reaches[1])):
             far = run(case, callers.far_apart(subjects.active(), axes, what, reach))
