@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -191,6 +193,25 @@ def test_caches_of_models_with_other_attention() -> None:
         lambda: FlashCoreCache(
             tiny_llamas.config(4, 2, 16, kind=Qwen2Config, layer_types=["full_attention", "sliding_attention"])
         ),
+    )
+
+
+def test_latent_attention() -> None:
+    latent = tiny_llamas.config(
+        4, 4, 8, kind=DeepseekV3Config, num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    refused(
+        NotImplementedError,
+        "flashcore does not support multi-head latent attention, got kv_lora_rank=8",
+        lambda: FlashCoreCache(latent),
+    )
+    model, _ = tiny_llamas.pair(latent, model_class=DeepseekV3ForCausalLM)
+    refused(
+        NotImplementedError,
+        "flashcore does not support separate head sizes for keys and values, as multi-head latent attention has, "
+        "got 16 and 8",
+        lambda: forward(model),
     )
 
 

@@ -130,6 +130,19 @@ def test_a_prompt_in_chunks_is_one_prompt() -> None:
     assert all(torch.equal(first, second) for first, second in zip(logits, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_in_half_precision(dtype: torch.dtype) -> None:
+    """Prefill and two steps of a padded batch: the formats that models are run in."""
+    flash, eager = (model.to(dtype) for model in tiny_llamas.pair(tiny_llamas.config(8, 2, 64)))
+    mask = torch.cat([left_padded(), torch.ones(4, 2, dtype=torch.int64, device=devices.current())], dim=1)
+    inputs, steps, logits = run(flash, tiny_llamas.tokens(4, 11) * mask, mask, (9, 1, 1))
+
+    assert logits[-1].dtype == dtype
+    assert max(worst_of(call) for step in steps for call in step) <= 1
+    again = replay(eager, inputs, steps, mask)
+    assert all(torch.equal(first, second) for first, second in zip(logits, again, strict=True))
+
+
 RELATIVES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "Qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -167,6 +180,19 @@ def test_generate_gives_the_tokens_of_eager_attention(way: str, ours: bool) -> N
 
     ids = tiny_llamas.tokens(4, 9) * mask
     assert torch.equal(flash.generate(ids, **arguments, **cache), eager.generate(ids, **arguments))
+
+
+def test_a_conversation_goes_on_with_the_same_cache() -> None:
+    """The second call is given all tokens, of which the cache holds all but the last of the first answer."""
+    flash, eager = tiny_llamas.pair(tiny_llamas.config(4, 1, 16, num_hidden_layers=1))
+    cache = FlashCoreCache(flash.config, 32)
+    ids = tiny_llamas.tokens(1, 5)
+    for turn in range(2):
+        answer = flash.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=cache)
+
+        assert torch.equal(answer, eager.generate(ids, max_new_tokens=4, do_sample=False))
+        assert cache.get_seq_length() == answer.shape[1] - 1
+        ids = torch.cat([answer, tiny_llamas.tokens(1, 5, seed=turn + 1)], dim=1)
 
 
 @pytest.mark.parametrize("how", ["assistant", "prompt lookup"])

@@ -86,6 +86,11 @@ def flashcore_attention(
     else:
         assert isinstance(key, Tensor)
         assert isinstance(value, Tensor)
+        if key.shape[3] != value.shape[3]:
+            raise NotImplementedError(
+                "flashcore does not support separate head sizes for keys and values, as multi-head latent attention "
+                f"has, got {key.shape[3]} and {value.shape[3]}"
+            )
         out = _attend(query, key, value, attention_mask, scaling)
     return out.transpose(1, 2), None
 

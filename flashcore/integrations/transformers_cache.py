@@ -21,7 +21,7 @@ class FlashCoreCache(Cache):  # type: ignore[misc]
         max_cache_len: real tokens that a row may hold; padding is not stored and does not count.
 
     Raises:
-        NotImplementedError: a layer of the model does not attend to whole sequences.
+        NotImplementedError: a layer of the model does not attend to whole sequences, or does not keep keys and values.
     """
 
     def __init__(self, config: Any, max_cache_len: int = 4096) -> None:
@@ -35,6 +35,10 @@ class FlashCoreCache(Cache):  # type: ignore[misc]
         kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
         if kinds:
             raise NotImplementedError(f"flashcore caches full_attention layers only, got {', '.join(sorted(kinds))}")
+        if getattr(text, "kv_lora_rank", None) is not None:
+            raise NotImplementedError(
+                f"flashcore does not support multi-head latent attention, got kv_lora_rank={text.kv_lora_rank}"
+            )
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
             raise TypeError(f"max_cache_len must be an int, got {max_cache_len!r}")
         if max_cache_len < 1:
