@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="put these results of verify --json into docs/findings.md",
     )
     kernels.set_defaults(run=_subjects)
+    reported = commands.add_parser("findings", help="check the stored findings and list them in docs/findings.md")
+    reported.set_defaults(run=_findings)
     league = commands.add_parser("league", help="which kernel is the most accurate, on equal problems")
     league.add_argument(
         "--subject", nargs="+", default=[], metavar="SPEC", dest="subjects", help="default all that are installed"
@@ -212,6 +214,16 @@ def _subjects(arguments: argparse.Namespace) -> int:
         return 0
     device.choose()
     table.show(arguments.names)
+    return 0
+
+
+def _findings(arguments: argparse.Namespace) -> int:
+    from properties import findings, sections
+
+    del arguments
+    found = findings.load_all()
+    sections.write(findings.DOCUMENT, findings.SECTION, findings.markdown(found))
+    print(f"{len(found)} findings")
     return 0
 
 

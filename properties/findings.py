@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ import jsonschema
 from properties.strict_json import parse
 
 FOLDER = Path("fixtures/findings")
+DOCUMENT = Path("docs/findings.md")
+SECTION = "python -m properties findings"
 SCHEMA = Path(__file__).parents[1] / "fixtures/schema/finding.schema.json"
 # Distributions whose module has another name.
 _MODULES = {"paddlepaddle": "paddle"}
+_HOW = {"by hand": "by hand", "fractions": "with fractions", "mpmath": "with mpmath"}
 _HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", re.MULTILINE)
 
 
@@ -89,6 +93,29 @@ def load_all(folder: Path = FOLDER) -> list[Reported]:
         if other != record["id"]:
             raise FindingError(f"{record['id']} and {other} have one cause: keep the smaller case")
     return found
+
+
+def markdown(found: Sequence[Reported]) -> str:
+    """All findings by package, each with its releases, command, promise, second check and what the tracker says."""
+    return "\n".join(_line(each) for each in found) + "\n"
+
+
+def _line(each: Reported) -> str:
+    record = each.record
+    promise, check, tracker = record["promise"], record["check"], record["tracker"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    known = tracker["status"] if tracker["url"] is None else f"[{tracker['status']}]({tracker['url']})"
+    role = "Positive control. " if record["role"] == "positive control" else ""
+    return "\n".join(
+        [
+            f"* **{record['title']}** ([{record['id']}](../{each.script.as_posix()})). {role}{versions}, "
+            f"Python {record['python']}.",
+            f"  Observed: {record['observed']} Expected: {record['expected']}",
+            f"  Contradicts ({promise['basis']}): {promise['text']} ([source]({promise['source']}))",
+            f"  Checked {_HOW[check['how']]}: {check['text']}",
+            f"  Tracker: {known}. `{each.command}`",
+        ]
+    )
 
 
 def _check_script(path: Path, versions: dict[str, str], python: str) -> None:

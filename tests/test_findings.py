@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from properties import findings
+from properties import findings, sections
 from properties.findings import FindingError
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,24 @@ def test_every_stored_finding_is_complete() -> None:
 
     scripts = {path.name for path in (ROOT / findings.FOLDER).glob("*.py")}
     assert scripts == {each.script.name for each in found}
+
+
+def test_the_document_lists_every_stored_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+    assert sections.read(findings.DOCUMENT, findings.SECTION) == findings.markdown(findings.load_all()).strip()
+
+
+def test_a_finding_is_listed_with_all_that_a_reader_needs(tmp_path: Path) -> None:
+    text = findings.markdown([findings.load(write(tmp_path, RECORD))])
+
+    assert "**The last key is dropped**" in text
+    assert "some.package 1.2.0, numpy 2.4.6, Python 3.11." in text
+    assert "Contradicts (documented): All keys are attended to. ([source](https://example.org/docs#keys))" in text
+    assert "Checked by hand: The mean of 1 and 3 is 2." in text
+    assert (
+        "Tracker: not found in its tracker. `python -m pip install some.package==1.2.0 numpy==2.4.6 && python " in text
+    )
 
 
 def test_a_complete_finding_is_read_and_says_how_to_see_it(tmp_path: Path) -> None:

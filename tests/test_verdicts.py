@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from properties import sections
 from properties.__main__ import main
 from properties.subjects import verdicts
 from tests.command_line import ROOT
@@ -55,15 +56,15 @@ def test_a_result_replaces_what_was_kept_of_its_subject(tmp_path: Path, monkeypa
     (tmp_path / verdicts.FOLDER).mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     document = tmp_path / verdicts.DOCUMENT
-    document.write_text(f"Before\n{verdicts.BEGIN}\nSTALE\n{verdicts.END}\nAfter\n")
+    document.write_text(f"Before\n{sections.begin(verdicts.SECTION)}\nSTALE\n{sections.END}\nAfter\n")
     (tmp_path / "result.json").write_text(json.dumps(result()))
 
     assert main(["subjects", "--verdicts", "result.json"]) == 0
     first = document.read_text()
     assert main(["subjects", "--verdicts", "result.json"]) == 0
     assert document.read_text() == first
-    assert first.startswith(f"Before\n{verdicts.BEGIN}\n\n| subject |")
-    assert first.endswith(f"{verdicts.END}\nAfter\n")
+    assert first.startswith(f"Before\n{sections.begin(verdicts.SECTION)}\n\n| subject |")
+    assert first.endswith(f"{sections.END}\nAfter\n")
     assert "STALE" not in first
 
 
@@ -74,6 +75,13 @@ def test_a_result_that_is_not_complete_is_refused(fields: dict[str, Any]) -> Non
 
 
 def test_the_document_shows_what_is_kept() -> None:
-    section = (ROOT / verdicts.DOCUMENT).read_text().partition(verdicts.BEGIN)[2].partition(verdicts.END)[0]
+    section = sections.read(ROOT / verdicts.DOCUMENT, verdicts.SECTION)
 
-    assert section.strip() == verdicts.markdown(verdicts.kept(ROOT)).strip()
+    assert section == verdicts.markdown(verdicts.kept(ROOT)).strip()
+
+
+def test_a_document_without_the_section_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "document.md").write_text(sections.begin("another command"))
+
+    with pytest.raises(ValueError, match="must have a section from <!-- written by: this command"):
+        sections.write(tmp_path / "document.md", "this command", "text")

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from properties import sections
+
 FOLDER = Path("fixtures/verdicts")
 DOCUMENT = Path("docs/findings.md")
-BEGIN = "<!-- written by: python -m properties subjects --verdicts FILE ... -->"
-END = "<!-- end of what is written -->"
+SECTION = "python -m properties subjects --verdicts FILE ..."
 _BUDGETS = re.compile(r"^  error \S+ = (\S+) x budget", re.MULTILINE)
 _CASE = re.compile(r"^  case: (.+)$", re.MULTILINE)
 
@@ -64,12 +65,7 @@ def update(results: Sequence[Path], root: Path = Path()) -> None:
     for path in results:
         found = summary(json.loads(path.read_text()))
         (root / FOLDER / f"{found['subject']}.json").write_text(json.dumps(found, indent=1) + "\n")
-    document = (root / DOCUMENT).read_text()
-    before, _, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{DOCUMENT} must have a section from {BEGIN} to {END}")
-    (root / DOCUMENT).write_text(f"{before}{BEGIN}\n\n{markdown(kept(root))}\n{END}{after}")
+    sections.write(root / DOCUMENT, SECTION, markdown(kept(root)))
 
 
 def kept(root: Path = Path()) -> list[Summary]:
