@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     reported.set_defaults(run=_findings)
     league = commands.add_parser("league", help="which kernel is the most accurate, on equal problems")
     league.add_argument(
-        "--subject", nargs="+", default=[], metavar="SPEC", dest="subjects", help="default all that are installed"
+        "--subject", nargs="+", default=[], metavar="SPEC", dest="subjects", help="default all that can run here"
     )
     league.add_argument("--cases", type=_positive, default=60, metavar="N", help="problems")
     league.add_argument("--seed", type=int, default=0, metavar="S", help="draw other problems")
@@ -234,9 +234,9 @@ def _league(arguments: argparse.Namespace) -> int:
     if arguments.merge:
         results = standings.merge([standings.read(path) for path in arguments.merge])
     else:
-        device.choose(arguments.device)
+        here = device.choose(arguments.device)
         workers, gpus = verify.workers_for(arguments.device, arguments.workers)
-        names = tuple(arguments.subjects or standings.installed())
+        names = tuple(arguments.subjects or standings.runnable(here))
         options = standings.Options(names, arguments.cases, arguments.seed, arguments.device, workers, gpus)
         results = standings.compete(options)
     report.show(results)

@@ -45,6 +45,13 @@ def test_a_kernel_without_a_cache_gets_the_same_numbers() -> None:
         problems.admitted(case, Capabilities(head_dims=(1,)))
 
 
+def test_all_that_can_run_here_compete() -> None:
+    here, there = standings.runnable("cpu"), standings.runnable("cuda")
+
+    assert {"flashcore", "torch-sdpa"} <= set(here) & set(there)
+    assert "torch-sdpa-flash-cuda" in set(there) - set(here)
+
+
 def test_one_budget_for_all_is_that_of_an_unknown_kernel_in_the_smallest_tiles() -> None:
     ruler = by_one_rule(subjects.load("flashcore"))
     case = problems.draw(1, seed=0)[0]

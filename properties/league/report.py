@@ -30,6 +30,10 @@ A number is a quantile of |error| / budget over elements, each problem weighing 
 other arithmetic), with a call that raised, or that killed its process; elements that are wrong are part of the
 quantiles. That is less accurate than the budget's kernel, and not by itself a broken promise: in float16 and bfloat16 a
 kernel that rounds its logits to the dtype cannot keep it.
+
+Packages that need an environment of their own run in it:
+`python -m tox exec -e subject-NAME -- python -m properties league --subject NAME --json FILE`, and `--merge` puts the
+files together, provided that the problems were the same.
 """
 
 

@@ -38,10 +38,11 @@ class Options:
     case_seconds: float = 60.0
 
 
-def installed() -> list[str]:
-    """The subjects that can run in this environment, of those that have a name."""
+def runnable(device: str) -> list[str]:
+    """The subjects that can run in this environment on this device, of those that have a name."""
     kinds = {name: subjects.find(name) for name in subjects.ADAPTERS}
-    return [subjects.DEFAULT, *(name for name, kind in kinds.items() if not kind.missing())]
+    able = [name for name, kind in kinds.items() if device in kind.capabilities.devices and not kind.missing()]
+    return [subjects.DEFAULT, *able]
 
 
 def compete(options: Options, say: Any = print) -> dict[str, Any]:
