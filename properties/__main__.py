@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="put these results of verify --json into docs/findings.md",
     )
+    kernels.add_argument("--observe", action="store_true", help="call these: what do they do where kernels differ?")
     kernels.set_defaults(run=_subjects)
     reported = commands.add_parser("findings", help="check the stored findings and list them in docs/findings.md")
     reported.set_defaults(run=_findings)
@@ -213,7 +214,10 @@ def _subjects(arguments: argparse.Namespace) -> int:
         verdicts.update(arguments.verdicts)
         return 0
     device.choose()
-    table.show(arguments.names)
+    if arguments.observe:
+        table.show_observed(arguments.names)
+    else:
+        table.show(arguments.names)
     return 0
 
 

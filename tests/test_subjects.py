@@ -107,7 +107,7 @@ class Broken(Adapter):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("NotAnAdapter", "must name a function or an Adapter, got the class"),
+        ("NotAnAdapter", "must be an Adapter, or for --subject a function, and is none"),
         ("Absent", "needs some-package: python -m pip install some-package"),
         ("Broken", "cannot be used: OSError: libkernel.so: cannot open shared object file second line"),
     ],

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from properties import capabilities, device
 from properties.capabilities import EVERYTHING, Capabilities
@@ -22,6 +22,9 @@ from properties.case import Case
 from properties.needs import Need
 from references.arithmetic_model import PERMISSIVE, ArithmeticModel
 from references.tiling import Tiles, tiling
+
+if TYPE_CHECKING:
+    from properties.subjects.adapter import Adapter
 
 DEFAULT = "flashcore"
 VARIABLE = "PROPERTIES_SUBJECT"
@@ -143,14 +146,14 @@ def load(spec: str) -> Subject:
         except ImportError as error:
             raise SubjectError(f"--subject flashcore cannot be imported: {_one_line(error)}") from error
         return subject()
+    from properties.subjects.adapter import Plain, as_subject
+
     found = find(spec)
     if isinstance(found, type):
-        return _adapted(found, spec)
+        return as_subject(adapter_of(spec), spec)
     module = importlib.import_module(ADAPTERS.get(spec, spec).partition(":")[0])
     declared = getattr(module, "CAPABILITIES", None)
     if not _takes_a_cache(found):
-        from properties.subjects.adapter import Plain, as_subject
-
         return as_subject(Plain(found, declared), spec)
     attention = getattr(module, "attention", None)
     offered = declared or Capabilities()
@@ -196,11 +199,17 @@ def _takes_a_cache(function: Callable[..., Any]) -> bool:
     return any(p.name == "past_key_value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _adapted(kind: type, spec: str) -> Subject:
-    from properties.subjects.adapter import Adapter, as_subject
+def adapter_of(spec: str) -> Adapter:
+    """The adapter that a specification names, ready to run here.
 
-    if not issubclass(kind, Adapter):
-        raise SubjectError(f"--subject must name a function or an Adapter, got the class {spec}")
+    Raises:
+        SubjectError: there is none, or it cannot be used here. One line.
+    """
+    from properties.subjects.adapter import Adapter
+
+    kind = find(spec)
+    if not isinstance(kind, type) or not issubclass(kind, Adapter):
+        raise SubjectError(f"{spec} must be an Adapter, or for --subject a function, and is none")
     missing = kind.missing()
     if missing:
         raise SubjectError(f"--subject {spec} needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
@@ -208,7 +217,7 @@ def _adapted(kind: type, spec: str) -> Subject:
     if here not in kind.capabilities.devices:
         raise SubjectError(f"--subject {spec} runs on {' and '.join(kind.capabilities.devices)}, not on {here}")
     try:
-        return as_subject(kind(), spec)
+        return kind()
     except Exception as error:  # whatever somebody else's package raises, the user gets one line
         raise SubjectError(f"--subject {spec} cannot be used: {type(error).__name__}: {_one_line(error)}") from error
 

@@ -1,4 +1,4 @@
-"""``python -m properties subjects``: what can be put under test, and what each offers."""
+"""``python -m properties subjects``: what can be put under test, what each offers, and what some do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from properties import capabilities, laws, subjects
+from properties import capabilities, device, laws, subjects
 from properties.capabilities import EVERYTHING, Capabilities
 from properties.case import DTYPES, MAX_HEAD_DIM, MAX_HEADS
+from properties.subjects.observing import observe
 
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 WIDTH = 142
@@ -51,6 +52,20 @@ def show(names: Sequence[str], console: Console | None = None) -> None:
     console.print(
         "Anything else: --subject package.module:name, a function or an Adapter (properties/subjects/adapter.py)."
     )
+
+
+def show_observed(names: Sequence[str], console: Console | None = None) -> None:
+    """Call some adapters, and print what they do where kernels differ.
+
+    Raises:
+        SubjectError: a name is none that can be used here.
+    """
+    console = Console(width=WIDTH, highlight=False) if console is None else console
+    for name in names:
+        table = Table("what", "observed", title=f"{name}, on {device.current()}", title_justify="left")
+        for matter, seen in observe(subjects.adapter_of(name)).items():
+            table.add_row(matter, seen)
+        console.print(table)
 
 
 def _known(name: str) -> tuple[Capabilities, list[str]]:
