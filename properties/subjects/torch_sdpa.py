@@ -16,10 +16,12 @@ from references.arithmetic_model import PERMISSIVE, ArithmeticModel
 
 _DOCS = "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
 _BIAS = "https://docs.pytorch.org/docs/stable/nn.attention.bias.html"
+_ACCURACY = "https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html"
 
 _DOCUMENTED: dict[Topic, Policy] = {
     "causal alignment": Policy("top-left; masks are given by the caller", "documented", _DOCS),
     "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+    "bits across batches": Policy("may depend on the rest of the batch", "documented", _ACCURACY),
 }
 CAPABILITIES = Capabilities(
     cache="none",
@@ -154,5 +156,11 @@ class Cudnn(Backend):
     """The graphs of cuDNN."""
 
     name = "torch-sdpa-cudnn"
-    capabilities = _CUDA
+    capabilities = replace(
+        _CUDA,
+        policies={
+            **_DOCUMENTED,
+            "bits across runs": Policy("may differ, unless torch.backends.cudnn.deterministic", "documented", _DOCS),
+        },
+    )
     backends = (SDPBackend.CUDNN_ATTENTION,)
