@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     league.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     league.add_argument("--plot", type=Path, metavar="FILE", help="also draw them here")
     league.add_argument("--markdown", type=Path, metavar="FILE", help="also write the document here")
+    league.add_argument(
+        "--case-seconds", type=_seconds, default=60.0, metavar="S", help="a problem that takes longer is a hang"
+    )
     league.add_argument("--device", choices=DEVICES, default="auto")
     league.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
     league.set_defaults(run=_league)
@@ -241,7 +244,8 @@ def _league(arguments: argparse.Namespace) -> int:
         here = device.choose(arguments.device)
         workers, gpus = verify.workers_for(arguments.device, arguments.workers)
         names = tuple(arguments.subjects or standings.runnable(here))
-        options = standings.Options(names, arguments.cases, arguments.seed, arguments.device, workers, gpus)
+        drawn = arguments.cases, arguments.seed
+        options = standings.Options(names, *drawn, arguments.device, workers, gpus, arguments.case_seconds)
         results = standings.compete(options)
     report.show(results)
     if arguments.json:

@@ -32,10 +32,10 @@ class Options:
     subjects: tuple[str, ...]
     cases: int
     seed: int
-    device: str = "auto"
-    workers: int = 1
-    gpus: int = 0
-    case_seconds: float = 60.0
+    device: str
+    workers: int
+    gpus: int
+    case_seconds: float
 
 
 def runnable(device: str) -> list[str]:
