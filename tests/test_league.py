@@ -17,6 +17,7 @@ from properties.league import problems, report, standings
 from properties.league.measuring import by_one_rule
 from properties.runner import run
 from references.arithmetic_model import PERMISSIVE
+from tests.command_line import ROOT
 
 RIGHT, TOP_LEFT = "docs.examples.mine:attention", "docs.examples.top_left:attention"
 ABORTS = "tests.faulty_subjects:aborts"
@@ -132,3 +133,10 @@ def test_who_is_wrong_or_dies_is_counted_and_the_others_go_on(
     assert main(["league", "--merge", str(files["--json"]), "--markdown", str(tmp_path / "league.md")]) == 0
     assert capsys.readouterr().out in printed
     assert f"| float32 | {RIGHT} | 5 | 0 |" in (tmp_path / "league.md").read_text()
+
+
+def test_the_document_shows_the_stored_results() -> None:
+    stored = report.ranked(standings.read(ROOT / "fixtures/league.json"))
+    lines = [line for line in (ROOT / "docs/league.md").read_text().splitlines() if line.startswith("| ")]
+
+    assert lines[2 : 2 + len(stored)] == [f"| {' | '.join(report.cells(entry))} |" for entry in stored]
