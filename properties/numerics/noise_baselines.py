@@ -2,10 +2,10 @@
 
     python -m properties.numerics.noise_baselines
 
-The inputs are Gaussian with head_dim 64; the kernels are the interpreter's, Ampere's and Hopper's simulated
-arithmetic. chi differs from 1 because roundings are not exactly independent and uniform; in 16-bit formats it
-grows from 0.89 to 0.95 with the length. What matters is that it is stable within a class of lengths, so that
-a growth of 10 % is a fault and not chance.
+The inputs are Gaussian with head_dim 64; the kernels are the interpreter's, Ampere's, Hopper's and Blackwell's
+simulated arithmetic. chi differs from 1 because roundings are not exactly independent and uniform; in 16-bit
+formats it grows from 0.89 to 0.95 with the length. What matters is that it is stable within a class of lengths, so
+that a growth of 10 % is a fault and not chance.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import json
 import numpy as np
 
 from properties.numerics.families import make
-from references.arithmetic_model import AMPERE, HOPPER, INTERPRETER, ArithmeticModel
+from references.arithmetic_model import AMPERE, BLACKWELL, HOPPER, INTERPRETER, ArithmeticModel
 from references.attention import attention
 from references.noise import BASELINES, NoisePool, NoiseStatistics, predicted_sigma
 from references.rounding import as_format
 from references.simulator import Fault, simulate
 from references.tiling import tiling
 
-MODELS = (INTERPRETER, AMPERE, HOPPER)
+MODELS = (INTERPRETER, AMPERE, HOPPER, BLACKWELL)
 FORMATS = ("float16", "bfloat16")
 # Class of lengths by its largest: (smallest, cases).
 CLASSES = {1024: (64, 120), 4096: (1025, 40), 16384: (4097, 20)}
