@@ -43,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     check.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")
     check.add_argument(
-        "--case-seconds", type=_seconds, default=30.0, metavar="S", help="a case that runs longer is a hang"
+        "--case-seconds",
+        type=_seconds,
+        metavar="S",
+        help=f"a case that runs longer is a hang; default {verify.CASE_SECONDS:.0f}, "
+        f"{verify.SLOW_CASE_SECONDS:.0f} for slow kernels",
     )
     check.add_argument(
         "--worker-gib", type=_gib, metavar="GIB", help="memory a worker may hold; default half the machine's"

@@ -54,6 +54,8 @@ HINTS = {
 # this long while none has come back); the final case gets the full limit.
 SHORTEST_HANG_SECONDS = 1.0
 FIRST_HANG_SECONDS = 3.0
+# What a case may take where the command line does not say; compiling is no hang.
+CASE_SECONDS, SLOW_CASE_SECONDS = 30.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Options:
     json_path: Path | None = None
     workers: int = 1
     gpus: int = 0
-    case_seconds: float = 30.0
+    case_seconds: float | None = None
     worker_bytes: int | None = None
     regressions: Path = REGRESSIONS
     candidates: Path = CANDIDATES
@@ -163,6 +165,7 @@ class Verification:
         self.not_offered: dict[str, str] = {}
         self.not_owed: list[str] = []
         self.has_lse = True
+        self.case_seconds = CASE_SECONDS
         self.description = ""
         self.versions: dict[str, str] = {}
         self.regressions: list[dict[str, str]] = []
@@ -179,6 +182,7 @@ class Verification:
             ready = pool.workers[0].ready()
             self.description, self.versions = ready.description, ready.versions
             self.sentences, self.has_lse = ready.laws, ready.has_lse
+            self.case_seconds = options.case_seconds or (SLOW_CASE_SECONDS if ready.is_slow else CASE_SECONDS)
             chosen = laws.select_names([*ready.laws, *ready.not_offered], options.law)
             self.results = {name: _Result() for name in chosen if name in ready.laws}
             self.not_offered = ready.not_offered
@@ -265,7 +269,7 @@ class Verification:
                 return
             pool.wait(0.2)
             for worker in pool.busy():
-                answer = worker.collect(self.options.case_seconds)
+                answer = worker.collect(self.case_seconds)
                 if isinstance(answer, Death):
                     self._died(worker, answer)
                 elif isinstance(answer, Answer):
@@ -365,16 +369,16 @@ class Verification:
 
         def fails(case: Case) -> bool:
             if death.kind != "hang":
-                return dies(case, self.options.case_seconds) is not None
+                return dies(case, self.case_seconds) is not None
             patience = 10 * longest if longest else FIRST_HANG_SECONDS
-            return dies(case, min(max(patience, SHORTEST_HANG_SECONDS), self.options.case_seconds)) is not None
+            return dies(case, min(max(patience, SHORTEST_HANG_SECONDS), self.case_seconds)) is not None
 
         seconds = min(CRASH_REDUCTION_SECONDS, (self.seconds or UNLIMITED) / 4)
         small = reduction.reduce(death.case, fails, time.monotonic() + seconds)
-        confirmed = dies(small, self.options.case_seconds)
+        confirmed = dies(small, self.case_seconds)
         if confirmed is not None:
             return small, confirmed.how
-        again = dies(death.case, self.options.case_seconds)
+        again = dies(death.case, self.case_seconds)
         return death.case, again.how if again else f"{death.how}, once; it did not happen again"
 
     def _failure(self, worker: Worker, failure: Failure) -> None:
@@ -399,7 +403,7 @@ class Verification:
 
     def _try(self, worker: Worker, law: str, case: Case) -> Failure | NotOffered | None:
         """Run one law on one case; death is a failure."""
-        answer = self._ask(worker, Check(law, case), self.options.case_seconds)
+        answer = self._ask(worker, Check(law, case), self.case_seconds)
         if isinstance(answer, Death):
             return Failure(law, case, answer.kind, f"the kernel: {answer.how}\n  case: {describe(case)}")
         found: Failure | NotOffered | None = answer.value

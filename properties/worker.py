@@ -44,6 +44,7 @@ class Ready:
         not_offered: what the subject lacks for each of the others.
         has_lse: whether it returns log-sum-exps.
         versions: of everything that can change a result.
+        is_slow: whether a case takes seconds, as when a shape is compiled.
     """
 
     device: str = ""
@@ -52,6 +53,7 @@ class Ready:
     not_offered: dict[str, str] = field(default_factory=dict)
     has_lse: bool = True
     versions: dict[str, str] = field(default_factory=dict)
+    is_slow: bool = False
     error: str = ""
 
 
@@ -126,7 +128,7 @@ def _serve(connection: Connection, setup: Setup) -> None:
     journal = Journal(Path(setup.journal))
     sentences = {name: law.sentence for name, law in found.items()}
     described, versions = device.describe(chosen, subject.packages), device.versions(subject.packages)
-    connection.send(Ready(chosen, described, sentences, not_offered, subject.capabilities.lse, versions))
+    connection.send(Ready(chosen, described, sentences, not_offered, subject.capabilities.lse, versions, subject.slow))
     while True:
         task: Task = connection.recv()
         match task:

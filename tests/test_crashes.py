@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from properties import verify
 from properties.case import Case, Row
 from properties.journal import Journal
+from properties.progress import Progress
+from properties.worker import Ready
 from tests.command_line import properties
 
 DEATHS = [
@@ -43,6 +47,22 @@ def test_death_is_a_verdict_with_a_small_case(kernel: str, kind: str, words: str
     kv_len = max(row["cached"] + sum(row["new"]) for row in rows)
     assert kv_len == 17 if kind == "crash" else kv_len >= 17
     assert failure["case"]["values"] == "zeros"
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_slow", "allowed"), [(None, False, 30.0), (None, True, 300.0), (5.0, True, 5.0), (90.0, False, 90.0)]
+)
+def test_a_kernel_that_is_compiled_for_each_shape_may_take_longer(
+    asked: float | None, is_slow: bool, allowed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = MagicMock(workers=[MagicMock()])
+    pool.workers[0].ready.return_value = Ready(is_slow=is_slow)
+    pool.idle.return_value = pool.busy.return_value = []
+    monkeypatch.setattr(verify, "Pool", MagicMock(return_value=pool))
+    verification = verify.Verification(verify.Options(case_seconds=asked, regressions=tmp_path), Progress())
+
+    assert verification.run() == verify.EXIT_HOLDS
+    assert verification.case_seconds == allowed
 
 
 def test_taking_memory_without_end_is_a_verdict_too(tmp_path: Path) -> None:

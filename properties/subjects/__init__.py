@@ -98,7 +98,8 @@ class Subject:
         forced: context in which a case's split size is used.
         tiles: (case, q_len, cached, new) -> the tiles in which it visits the keys of one row, for the error budget.
         model: its arithmetic on "cpu" or "cuda".
-        slow: whether it gets small cases on a GPU too.
+        slow: whether a case takes seconds, as when a shape is compiled: cases are small on a GPU too, and one that runs
+            for minutes is no hang yet.
         paths: contexts that force one of its kernels each, by name; on a correct one they agree.
         checks_arguments: it refuses every malformed argument.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).

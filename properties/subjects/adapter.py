@@ -168,7 +168,8 @@ class Adapter:
         name: as in ``--subject NAME``.
         capabilities: what it offers.
         requires: packages that must be installed, as pip names them, and the modules they are.
-        slow: whether it gets small cases on a GPU too.
+        slow: whether a case takes seconds, as when a shape is compiled: cases are small on a GPU too, and one that runs
+            for minutes is no hang yet.
     """
 
     name: str

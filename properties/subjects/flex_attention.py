@@ -31,6 +31,7 @@ class FlexEager(Adapter):
     """
 
     name = "torch-flex-eager"
+    slow = True
     capabilities = replace(
         CAPABILITIES,
         dtypes=("float32",),
@@ -77,7 +78,6 @@ class FlexCompiled(FlexEager):
     """
 
     name = "torch-flex-compiled"
-    slow = True
     capabilities = replace(
         FlexEager.capabilities,
         dtypes=("float16", "bfloat16"),

@@ -13,13 +13,16 @@ _DOCS = "https://docs.tinygrad.org/tensor/ops/#tinygrad.Tensor.scaled_dot_produc
 
 
 class Tinygrad(Adapter):
-    """Grouped heads and a boolean mask; a kernel is compiled for each shape."""
+    """Grouped heads and a boolean mask; a kernel is compiled for each shape.
+
+    Only in float32: it rounds 16-bit scores to 16 bits, and for that no error budget is derived.
+    """
 
     name = "tinygrad"
     requires: ClassVar[dict[str, str]] = {"tinygrad": "tinygrad"}
     slow = True
     capabilities = Capabilities(
-        dtypes=("float16", "float32"),
+        dtypes=("float32",),
         scales="default",
         cache="none",
         overflow=False,
