@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     league.add_argument("--plot", type=Path, metavar="FILE", help="also draw them here")
     league.add_argument("--markdown", type=Path, metavar="FILE", help="also write the document here")
     league.add_argument(
-        "--case-seconds", type=_seconds, default=60.0, metavar="S", help="a problem that takes longer is a hang"
+        "--case-seconds", type=_seconds, metavar="S", help="a problem that takes longer is a hang; default as of verify"
     )
     league.add_argument("--device", choices=DEVICES, default="auto")
     league.add_argument("-n", "--workers", type=_positive, metavar="WORKERS", help="processes; default one a core")

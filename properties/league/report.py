@@ -31,7 +31,8 @@ other arithmetic), with a call that raised, or that killed its process; elements
 quantiles. That is less accurate than the budget's kernel, and not by itself a broken promise: in float16 and bfloat16 a
 kernel that rounds its logits to the dtype cannot keep it. Rows compare where *problems* is the same: a subject that
 only knows causal attention takes about half of them. `flashcore` on a CPU is Triton's interpreter, whose sums are
-NumPy's and not a GPU's.
+NumPy's and not a GPU's. Why a subject is wrong, where that is known, is in
+[findings](findings.md#verdicts-of-the-laws); `flax-decode` is a release with a known defect, to see that it shows.
 
 Packages that need an environment of their own run in it:
 `python -m tox exec -e subject-NAME -- python -m properties league --subject NAME --json FILE`, and `--merge` puts the

@@ -18,6 +18,7 @@ from properties.league import problems
 from properties.league.measuring import Measured, Ratios
 from properties.pool import Answer, Death, Pool
 from properties.strict_json import parse
+from properties.verify import CASE_SECONDS, SLOW_CASE_SECONDS
 from properties.worker import Measure, Ready
 
 FORMAT = 1
@@ -35,7 +36,7 @@ class Options:
     device: str
     workers: int
     gpus: int
-    case_seconds: float
+    case_seconds: float | None
 
 
 def runnable(device: str) -> list[str]:
@@ -66,6 +67,7 @@ def _measure_all(name: str, drawn: list[Case], options: Options) -> tuple[Ready,
     at_work: dict[int, tuple[str, int]] = {}
     try:
         ready = pool.workers[0].ready()
+        patience = options.case_seconds or (SLOW_CASE_SECONDS if ready.is_slow else CASE_SECONDS)
         while waiting or pool.busy():
             for worker in pool.idle():
                 if waiting:
@@ -73,7 +75,7 @@ def _measure_all(name: str, drawn: list[Case], options: Options) -> tuple[Ready,
                     worker.give(Measure(problems.rounded_to(dtype, drawn[i])))
             pool.wait(0.2)
             for worker in pool.busy():
-                answer = worker.collect(options.case_seconds)
+                answer = worker.collect(patience)
                 dtype, i = at_work[worker.number]
                 if isinstance(answer, Death):
                     outcomes[dtype][i] = Measured(wrong=f"the kernel died or hung: {answer.how}")
