@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from properties import device, subjects
-from properties.__main__ import main
 from properties.capabilities import NotOffered
 from properties.case import Case, Row, Step
 from properties.checking import check
@@ -20,6 +20,7 @@ from properties.subjects.adapter import as_subject
 from properties.subjects.flex_attention import FlexCompiled, FlexEager
 from properties.subjects.torch_sdpa import Cudnn, FlashCuda
 from properties.subjects.torch_varlen import Varlen
+from tests.command_line import properties
 
 ON_A_GPU_ALONE = [name for name in subjects.ADAPTERS if subjects.find(name).capabilities.devices == ("cuda",)]
 ALIKE = Case(
@@ -55,11 +56,14 @@ def test_without_a_gpu_it_is_refused_and_with_one_it_loads(name: str, monkeypatc
         assert subjects.load(name).spec == name
 
 
-def test_verify_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_says_that_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = properties("verify", "--subject", "torch-sdpa-cudnn", "--device", "cuda", "-n", 1, folder=tmp_path)
 
-    assert main(["verify", "--subject", "torch-sdpa-cudnn", "--device", "cuda", "-n", "1"]) == 2
-    assert "device must be available, got cuda, and torch sees no CUDA device" in capsys.readouterr().err
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("must be available, got cuda, and torch sees no CUDA device")
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_inputs_that_a_backend_refuses_are_no_verdict() -> None:
