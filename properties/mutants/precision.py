@@ -47,11 +47,16 @@ def tfloat32(x):
 
 
 """
+# Nor its cast toward zero, which takes a subnormal float32 for a larger number.
 _TRUNCATED = """\
 @triton.jit
 def truncated(p, dtype: tl.constexpr):
-    if dtype != tl.float32:
-        p = p.to(dtype, fp_downcast_rounding="rtz")
+    bits = p.to(tl.int32, bitcast=True)
+    if dtype == tl.bfloat16:
+        p = (bits & -0x10000).to(tl.float32, bitcast=True)
+    if dtype == tl.float16:
+        subnormal = (p * 16777216.0).to(tl.int32).to(tl.float32) / 16777216.0
+        p = tl.where(p < 0.00006103515625, subnormal, (bits & -0x2000).to(tl.float32, bitcast=True))
     return p
 
 
@@ -194,7 +199,10 @@ MUTANTS = (
         "NUMERIC",
         "weights are truncated to the input's format",
         "float16, bfloat16",
-        (_with_helper(_TRUNCATED), Edit(PRIMITIVES, FOLD, FOLD.replace("p.to(v.dtype)", "truncated(p, v.dtype)"))),
+        (
+            _with_helper(_TRUNCATED),
+            Edit(PRIMITIVES, FOLD, FOLD.replace("p.to(v.dtype)", "truncated(p, v.dtype).to(v.dtype)")),
+        ),
         (*VALUES, "rounding_noise"),
     ),
     Mutant(
