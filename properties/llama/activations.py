@@ -22,7 +22,7 @@ from properties.case import Case, Row
 from properties.guards import bits_of, torch_dtype
 from properties.subjects.flashcore import model, tiles
 from references.attention import attention, visible_keys
-from references.error_bounds import budget, overflow_free
+from references.error_bounds import budget
 from references.rounding import decode
 
 Float64Array = NDArray[np.float64]
@@ -72,12 +72,20 @@ class Activation:
             capacity=kv_len if self.cached else 0,
         )
         visible = visible_keys(q_len, kv_len, True)
-        arguments: dict[str, Any] = {"scale": self.scale, "fmt": self.fmt, "model": model(devices.current())}
-        if not overflow_free(self.query, self.key, self.value, visible, **arguments).all():
+        allowed = budget(
+            self.query,
+            self.key,
+            self.value,
+            visible,
+            scale=self.scale,
+            fmt=self.fmt,
+            model=model(devices.current()),
+            tiles=tiles(case, self.padded, self.cached, kv_len - self.cached),
+        )
+        if not allowed.overflow_free.all():
             raise ValueError("the activations must be finite and their logits in range, got an overflow")
         out, _ = attention(self.query, self.key, self.value, is_causal=True, scale=self.scale)
-        in_tiles = tiles(case, self.padded, self.cached, kv_len - self.cached)
-        return out, budget(self.query, self.key, self.value, visible, tiles=in_tiles, **arguments).out
+        return out, allowed.out
 
     def solve(self) -> Float64Array:
         """What flashcore makes of it, from a cache that holds the cached tokens."""

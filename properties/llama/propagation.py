@@ -176,7 +176,7 @@ def bound(exact_model: Any, ids: Tensor, steps: Sequence[Sequence[LayerCall]], w
 
     exact = wanted(_logits(exact_model, ids, perturbed))
     budgets = [
-        _sent(np.concatenate([step[n].rows[0].expected()[1] for step in steps], axis=1), ids) for n in range(len(added))
+        _sent(np.concatenate([step[n].expected(0)[1] for step in steps], axis=1), ids) for n in range(len(added))
     ]
     from_budget, from_carried, first_order = (np.zeros(len(exact)) for _ in range(3))
     basis = torch.eye(len(exact), dtype=torch.float64, device=ids.device)

