@@ -59,7 +59,6 @@ class Problem:
     sizes: Magnitudes
     out: Float64Array  # exact
     size: Float64Array  # its magnitude
-    all_values: Float64Array  # sum of the magnitudes of all values of a sequence, for each of its rows
     centred: Centred
     seen: Counts
 
@@ -79,26 +78,25 @@ def out_terms(
     g = arithmetic.accumulation(seen, deviations.rescaling)
     if arithmetic.partial:
         g = (1 + g) * (1 + np.where(np.asarray(seen.splits) > 1, arithmetic.partial, 0.0)) - 1
-    g, lam = column(g), column(arithmetic.row_sum(seen, deviations.rescaling))
+    g, lam = column(g), column(deviations.row_sum)
 
     share = exact.weight * phi
     share_sum = share.sum(axis=-1)[..., None]
     grown = exact.weight + share
     mass = 1 + share_sum
+    weights = [grown] if isinstance(p_error, float) else [grown, grown * p_error]
     sums = problem.sequences.sums
-    plain = sums(grown, sizes.value)
-    lifted = plain if sizes.lifted_value is sizes.value else sums(grown, sizes.lifted_value)
+    magnitudes = sums(sizes.value, *weights)
+    lifted = magnitudes if sizes.lifted_value is sizes.value else sums(sizes.lifted_value, *weights)
     if isinstance(p_error, float):
-        rounding, aligned = plain * p_error, lifted * (1 + p_error)
+        rounding, aligned = magnitudes[0] * p_error, lifted[0] * (1 + p_error)
     else:
-        grown *= p_error
-        rounding = sums(grown, sizes.value)
-        aligned = lifted + (rounding if lifted is plain else sums(grown, sizes.lifted_value))
+        rounding, aligned = magnitudes[1], lifted[0] + lifted[1]
     score_rss: Float64Array | None = None
     confidence = arithmetic.confidence
     if confidence is not None and keys is not None:
         own = exact.weight * (deviations.phi - deviations.shared)
-        rounded = grown * p_error if isinstance(p_error, float) else grown
+        rounded = grown * p_error
         score_rss, p_rss = independent_errors(keys, own, rounded, p_error, problem.sequences, problem.out)
         if model.p_rounding == "nearest":
             rounding = np.minimum(rounding, confidence * p_rss)
@@ -106,7 +104,7 @@ def out_terms(
     # (5) What underflow can lose, before the division by the total of the weights.
     operations = (2 * seen.keys + 4 * seen.tiles * seen.splits + 2) * arithmetic.floor
     lost_sum = column(2 * arithmetic.exp2_floor * seen.keys + operations)
-    lost = (2 * arithmetic.exp2_floor) * problem.all_values + column(operations)
+    lost = problem.sequences.of_rows((2 * arithmetic.exp2_floor) * sizes.all_values) + column(operations)
 
     # (6)
     total = exact.total[..., None]
@@ -199,7 +197,7 @@ def lse_terms(
     if model.row_sum_from_p:
         p_error = np.log1p(np.broadcast_to(p_rounding(exact, arithmetic), exact.gap.shape))
         terms[1] = np.maximum(_log_mean_exp(exact, deviations.exponent + p_error) - logit, 0.0)
-    terms[2] = -np.log1p(-np.minimum(arithmetic.row_sum(seen, deviations.rescaling), 0.5))
+    terms[2] = -np.log1p(-np.minimum(deviations.row_sum, 0.5))
     operations = 2 * seen.keys + 4 * seen.tiles * seen.splits + 2
     terms[3] = 2 * (2 * arithmetic.exp2_floor * seen.keys + operations * arithmetic.floor)
     error = np.add.reduce(terms[:4])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from references.softmax import Sequences, Softmax
+from references.softmax import Piece, Sequences, Softmax, taken
 
 Float64Array = NDArray[np.float64]
 
@@ -29,22 +29,30 @@ class Centred:
         self.lost = (sequences.kv_len + 8) * 2.0**-53  # of sums of products of three numbers, in float64
         # Where a sequence has one row its centre is the output itself: v_j - o, and nothing to cancel.
         self.one_row = out.shape[-2] == len(sequences.rows)
-        centre = out if self.one_row else out.mean(axis=-2, keepdims=True)
-        self.moved = sequences.value - (sequences.of_keys(centre) if self.one_row else centre)
-        self.square = self.moved * self.moved
+        self.centre = out if self.one_row else out.mean(axis=-2, keepdims=True)
+        self.moved = sequences.made(sequences.value, self._moved)
+        self.square = sequences.made(sequences.value, self._square)
         if self.one_row:
             return
-        self.offset = -2 * (out - centre)
+        self.offset = -2 * (out - self.centre)
         self.offset_square = self.offset * self.offset
         self.offset_square *= 0.25
-        places = np.arange(exact.top.size).reshape(exact.top.shape)
-        self.heaviest = places * sequences.kv_len + exact.top
+        top = exact.logit.argmax(axis=-1)
+        self.heaviest = np.arange(top.size).reshape(top.shape) * sequences.kv_len + top
         heads = np.arange(len(out))[:, None] * sequences.value.shape[1]
         flat = sequences.value.reshape(-1, sequences.value.shape[-1])
-        distance = flat[heads + sequences.first_key + exact.top]
+        distance = flat.take(heads + sequences.first_key + top, axis=0)
         distance -= out
         distance *= distance
         self.heaviest_square = distance
+
+    def _moved(self, value: Float64Array, piece: Piece, room: Float64Array) -> Float64Array:
+        centre = piece.of_keys(self.centre) if self.one_row else self.centre[piece.heads]
+        return np.subtract(value, centre, out=room)
+
+    def _square(self, value: Float64Array, piece: Piece, room: Float64Array) -> Float64Array:
+        moved = taken(self.moved, piece) if isinstance(self.moved, np.ndarray) else self._moved(value, piece, room)
+        return np.multiply(moved, moved, out=room)
 
     def __call__(self, share: Float64Array, mass: Float64Array, tolerance: Float64Array) -> Float64Array:
         """The bound, like the outputs.
@@ -55,15 +63,15 @@ class Centred:
             tolerance: like the outputs; where the quick way may be off by more, the slow way is taken.
         """
         if self.one_row:
-            second = self.sequences.sums(share, self.square)
+            (second,) = self.sequences.sums(self.square, share)
             second *= (1 + self.lost) * mass
             return np.sqrt(second, out=second)
         flat = share.reshape(-1)
         heaviest = flat[self.heaviest]
         flat[self.heaviest] = 0.0
         rest = share.sum(axis=-1)[..., None]
-        second = self.sequences.sums(share, self.square)
-        bound = self.sequences.sums(share, self.moved)
+        (second,) = self.sequences.sums(self.square, share)
+        (bound,) = self.sequences.sums(self.moved, share)
         flat[self.heaviest] = heaviest
         bound *= self.offset
         second += rest * self.offset_square

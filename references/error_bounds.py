@@ -223,10 +223,9 @@ def _budgets(
         tiles = [layout(one.tiles, one.key.shape[1]) for one in several]
         step = arithmetic.products_per_step if arithmetic.fused else 1
         seen = counts(together.visible, tiles, step)
-        out = together.sums(exact.weight, together.value)
-        all_values = together.of_rows(together.over_keys(sizes.value))
+        (out,) = together.sums(together.value, exact.weight)
         centred = Centred(together, exact, out)
-        problem = Problem(together, exact, sizes, out, np.abs(out), all_values, centred, seen)
+        problem = Problem(together, exact, sizes, out, np.abs(out), centred, seen)
         deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
         terms, share_sum = out_terms(problem, deviations, arithmetic)
         of_lse = lse_terms(problem, deviations, share_sum, arithmetic)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right as bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +19,44 @@ BoolArray = NDArray[np.bool_]
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+
+# Numbers of keys or values that are worked on at once, so that what is made of them stays in a cache.
+NUMBERS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some keys of some heads of several sequences.
+
+    Attributes:
+        heads: kv heads.
+        keys: in ``Sequences.key`` and ``value``.
+        sequences: to which these keys belong.
+        parts: of each of them its rows, its keys counted in the piece, and its keys counted in the sequence.
+    """
+
+    heads: slice
+    keys: slice
+    sequences: slice
+    parts: list[tuple[slice, slice, slice]]
+
+    def of_keys(self, of_sequences: Float64Array) -> Float64Array:
+        """[num_kv_heads, sequences, columns] to the shape of the values of this piece, or what broadcasts to it."""
+        mine = of_sequences[self.heads, self.sequences]
+        if len(self.parts) == 1:
+            return mine
+        return np.repeat(mine, [keys.stop - keys.start for _, keys, _ in self.parts], axis=-2)
+
+
+# Makes something of the keys or values of a piece; the last argument is room for it.
+Make = Callable[[Float64Array, Piece, Float64Array], Float64Array]
+# An array like ``Sequences.key``, or what gives a piece of it, which the next piece overwrites.
+Made = Float64Array | Callable[[Piece], Float64Array]
+
+
+def taken(made: Made, piece: Piece) -> Float64Array:
+    """A piece of it."""
+    return made(piece) if callable(made) else made[piece.heads, piece.keys]
 
 
 @dataclass(frozen=True)
@@ -55,24 +95,72 @@ class Sequences:
             np.logical_not(visible, out=hidden[rows, : visible.shape[1]])
         return hidden if hidden.any() else None
 
-    def scores(self, query: Float64Array, key: Float64Array) -> Float64Array:
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """All keys of all heads at once if they are few, else ranges of the keys of one head after the other."""
+        num_kv_heads, keys, head_dim = self.key.shape
+        if self.key.size <= NUMBERS_AT_ONCE:
+            return [self._piece(slice(0, num_kv_heads), slice(0, keys))]
+        length = max(1, NUMBERS_AT_ONCE // head_dim)
+        return [
+            self._piece(slice(head, head + 1), slice(start, min(start + length, keys)))
+            for head in range(num_kv_heads)
+            for start in range(0, keys, length)
+        ]
+
+    def _piece(self, heads: slice, keys: slice) -> Piece:
+        first, last = (bisect(self._ends, at) for at in (keys.start, keys.stop - 1))
+        parts = []
+        for rows, its_keys in zip(self.rows[first : last + 1], self.keys[first : last + 1], strict=True):
+            start, stop = max(its_keys.start, keys.start), min(its_keys.stop, keys.stop)
+            in_piece = slice(start - keys.start, stop - keys.start)
+            parts.append((rows, in_piece, slice(start - its_keys.start, stop - its_keys.start)))
+        return Piece(heads, keys, slice(first, last + 1), parts)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [keys.stop for keys in self.keys]
+
+    @cached_property
+    def _room(self) -> Float64Array:
+        return np.empty(max(NUMBERS_AT_ONCE, self.key.shape[-1]))
+
+    def made(self, x: Float64Array, make: Make) -> Made:
+        """Something made of ``key`` or ``value``: now if there is one piece, else whenever a piece of it is taken."""
+        if len(self.pieces) == 1:
+            return make(x, self.pieces[0], np.empty_like(x))
+        return lambda piece: self._made(x, make, piece)
+
+    def _made(self, x: Float64Array, make: Make, piece: Piece) -> Float64Array:
+        mine = x[piece.heads, piece.keys]
+        return make(mine, piece, self._room[: mine.size].reshape(mine.shape))
+
+    def scores(self, query: Float64Array, of_keys: Made) -> Float64Array:
         """query . key, [num_kv_heads, rows, kv_len]; 0 beyond the keys of a sequence."""
-        if len(self.rows) == 1:
-            return query @ key.swapaxes(-1, -2)
-        key = key.swapaxes(-1, -2)
+        if len(self.rows) == 1 and not callable(of_keys):
+            return query @ of_keys.swapaxes(-1, -2)
         result = np.zeros((*query.shape[:2], self.kv_len))
-        for rows, keys in zip(self.rows, self.keys, strict=True):
-            np.matmul(query[:, rows], key[:, :, keys], out=result[:, rows, : keys.stop - keys.start])
+        for piece in self.pieces:
+            key = taken(of_keys, piece).swapaxes(-1, -2)
+            for rows, keys, columns in piece.parts:
+                np.matmul(query[piece.heads, rows], key[..., keys], out=result[piece.heads, rows, columns])
         return result
 
-    def sums(self, weight: Float64Array, value: Float64Array) -> Float64Array:
-        """Sums of values like ``value`` with weights [num_kv_heads, rows, kv_len]: [num_kv_heads, rows, head_dim]."""
-        if len(self.rows) == 1:
-            return weight @ value
-        result = np.empty((*weight.shape[:2], value.shape[-1]))
-        for rows, keys in zip(self.rows, self.keys, strict=True):
-            np.matmul(weight[:, rows, : keys.stop - keys.start], value[:, keys], out=result[:, rows])
-        return result
+    def sums(self, of_values: Made, *weights: Float64Array) -> list[Float64Array]:
+        """Sums over keys with weights [num_kv_heads, rows, kv_len]: [num_kv_heads, rows, head_dim] each."""
+        if len(self.rows) == 1 and not callable(of_values):
+            return [weight @ of_values for weight in weights]
+        results = [np.empty(self.query.shape) for _ in weights]
+        for piece in self.pieces:
+            value = taken(of_values, piece)
+            for rows, keys, columns in piece.parts:
+                for weight, result in zip(weights, results, strict=True):
+                    its_weight, its_value = weight[piece.heads, rows, columns], value[:, keys]
+                    if columns.start == 0:
+                        np.matmul(its_weight, its_value, out=result[piece.heads, rows])
+                    else:
+                        result[piece.heads, rows] += its_weight @ its_value
+        return results
 
     @cached_property
     def sizes(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -92,14 +180,6 @@ class Sequences:
         """[.., sequences, columns] to [.., rows, columns], or what broadcasts to it."""
         return sequences if len(self.rows) == 1 else np.repeat(sequences, self.sizes[1], axis=-2)
 
-    def of_keys(self, sequences: Float64Array) -> Float64Array:
-        """[.., sequences, columns] to the shape of ``key``, or what broadcasts to it."""
-        return sequences if len(self.rows) == 1 else np.repeat(sequences, self.sizes[3], axis=-2)
-
-    def over_keys(self, x: Float64Array) -> Float64Array:
-        """Sums [.., sequences, columns] over the keys of each sequence."""
-        return x.sum(axis=-2, keepdims=True) if len(self.rows) == 1 else np.add.reduceat(x, self.sizes[2], axis=-2)
-
 
 @dataclass(frozen=True)
 class Softmax:
@@ -115,21 +195,9 @@ class Softmax:
     products: Float64Array  # sum_d abs(q_d k_d), subnormal factors lifted: what rounding errors of q.k are relative to
     gap: Float64Array  # distance of the logit from the largest one, in octaves
     largest_gap: float
-    top: NDArray[np.intp]  # [num_kv_heads, rows] key of the largest logit, counted in its sequence
     peak: Float64Array  # [num_kv_heads, rows] largest logit, 0 without keys
     total: Float64Array  # [num_kv_heads, rows] sum of 2**-gap, 1 without keys
     weight: Float64Array
-
-
-@dataclass(frozen=True)
-class Magnitudes:
-    """abs of queries, keys and values, subnormal numbers lifted where a tensor core lifts them."""
-
-    query: Float64Array
-    key: Float64Array
-    value: Float64Array  # not lifted
-    lifted_value: Float64Array  # the same object as ``value`` if nothing is lifted
-    largest: tuple[float, float, float]  # not lifted; NaN or infinite if an input is
 
 
 def lifted_magnitude(magnitude: Float64Array, fmt: Format, fused: bool) -> Float64Array:
@@ -139,16 +207,54 @@ def lifted_magnitude(magnitude: Float64Array, fmt: Format, fused: bool) -> Float
     return np.where(magnitude > 0, np.maximum(magnitude, fmt.smallest_normal), 0.0)
 
 
+@dataclass(frozen=True)
+class Magnitudes:
+    """abs of queries, keys and values, subnormal numbers lifted where a tensor core lifts them.
+
+    Attributes:
+        query, key: lifted.
+        value: not lifted.
+        lifted_value: the same object as ``value`` if nothing is lifted.
+        all_values: [num_kv_heads, sequences, head_dim], sum of ``value`` over the keys of each sequence.
+        largest: of query, key and value, not lifted; NaN or infinite if an input is.
+    """
+
+    query: Float64Array
+    key: Made
+    value: Made
+    lifted_value: Made
+    all_values: Float64Array
+    largest: tuple[float, float, float]
+
+
 def magnitudes_of(sequences: Sequences, fmt: Format, fused: bool) -> Magnitudes:
     """The magnitudes of all inputs."""
-    query, key, value = np.abs(sequences.query), np.abs(sequences.key), np.abs(sequences.value)
-    largest = (float(query.max()), float(key.max()), float(value.max()))
-    lifted = value
-    if fused:
-        query, key, lifted = (lifted_magnitude(x, fmt, fused) for x in (query, key, value))
-        if lifted is not value and np.array_equal(lifted, value):
-            lifted = value
-    return Magnitudes(query, key, value, lifted, largest)
+
+    def absolute(x: Float64Array, _: Piece, room: Float64Array) -> Float64Array:
+        return np.abs(x, out=room)
+
+    def lifted(x: Float64Array, _: Piece, room: Float64Array) -> Float64Array:
+        return lifted_magnitude(np.abs(x, out=room), fmt, fused)
+
+    query = np.abs(sequences.query)
+    key, value = (sequences.made(x, absolute) for x in (sequences.key, sequences.value))
+    largest_key, largest_value, lifts = np.float64(0.0), np.float64(0.0), False
+    all_values = np.zeros((len(sequences.value), len(sequences.rows), sequences.value.shape[-1]))
+    for piece in sequences.pieces:
+        largest_key = np.maximum(largest_key, taken(key, piece).max())
+        sizes = taken(value, piece)
+        largest_value = np.maximum(largest_value, sizes.max())
+        lifts = lifts or (fused and bool(((sizes > 0) & (sizes < fmt.smallest_normal)).any()))
+        for sequence, (_, keys, _) in enumerate(piece.parts, piece.sequences.start):
+            all_values[piece.heads, sequence] += np.add.reduce(sizes[:, keys], axis=-2)
+    return Magnitudes(
+        query=lifted_magnitude(query, fmt, fused),
+        key=sequences.made(sequences.key, lifted) if fused else key,
+        value=value,
+        lifted_value=sequences.made(sequences.value, lifted) if lifts else value,
+        all_values=all_values,
+        largest=(float(query.max()), float(largest_key), float(largest_value)),
+    )
 
 
 def softmax_of(sequences: Sequences, scale: float, sizes: Magnitudes) -> Softmax:
@@ -162,8 +268,7 @@ def softmax_of(sequences: Sequences, scale: float, sizes: Magnitudes) -> Softmax
         np.copyto(logit, -np.inf, where=hidden)
         sees_none: BoolArray = np.asarray(hidden.all(axis=-1))
         blind = sees_none if sees_none.any() else None
-    top = logit.argmax(axis=-1)
-    peak = np.take_along_axis(logit, top[..., None], axis=-1)[..., 0]
+    peak = logit.max(axis=-1)
     if blind is not None:
         peak[:, blind] = 0.0
     gap = logit - peak[..., None]
@@ -175,4 +280,4 @@ def softmax_of(sequences: Sequences, scale: float, sizes: Magnitudes) -> Softmax
     if blind is not None:
         total[:, blind] = 1.0
     weight /= total[..., None]
-    return Softmax(hidden, blind, logit, magnitude, products, gap, float(gap.max()), top, peak, total, weight)
+    return Softmax(hidden, blind, logit, magnitude, products, gap, float(gap.max()), peak, total, weight)

@@ -114,57 +114,57 @@ def counts(visible: list[BoolArray], tiles: list[Layout], fused_products: int) -
     """Count for the rows of all sequences, one after the other; ``visible`` is [rows, kv_len] of each."""
     if len(tiles) == 1 and visible[0].all():
         return _counts_of_all(tiles[0], fused_products)
-    splits, most_tiles = _most_places(tiles)
     ends = list(itertools.accumulate(len(sees) for sees in visible))
-    keys = np.zeros((ends[-1], splits, most_tiles), dtype=np.int64)
-    steps = np.zeros_like(keys)
+    keys = np.zeros((*_most_places(tiles), ends[-1]), dtype=np.int64)
+    steps = np.zeros_like(keys) if fused_products > 1 else keys
     for start, end, sees, order in zip([0, *ends], ends, visible, tiles, strict=False):
-        seen = np.add.reduceat(sees.view(np.uint8), order.starts, axis=-1, dtype=np.int64)  # [rows, tiles]
-        _put(seen, keys[start:end], order)
+        seen = np.add.reduceat(sees.view(np.uint8), order.starts, axis=-1, dtype=np.int64).T  # [tiles, rows]
+        _put(seen, keys[..., start:end], order)
         if fused_products > 1:
-            _put(np.minimum(seen, -(-order.widths // fused_products)), steps[start:end], order)
-    return Counts(*_counts(keys, steps if fused_products > 1 else keys))
+            most_steps = -(-order.widths[:, None] // fused_products)
+            _put(np.minimum(seen, most_steps), steps[..., start:end], order)
+    return Counts(*_counts(keys, steps))
 
 
 @lru_cache(maxsize=1024)
 def _counts_of_all(tiles: Layout, fused_products: int) -> Counts:
     """The counts where every row sees every key."""
-    keys, steps = np.zeros((2, 1, *tiles.real.shape), dtype=np.int64)
-    _put(tiles.widths, keys, tiles)
-    _put(-(-tiles.widths // fused_products), steps, tiles)
+    keys, steps = np.zeros((2, *_most_places([tiles]), 1), dtype=np.int64)
+    _put(tiles.widths[:, None], keys, tiles)
+    _put(-(-tiles.widths[:, None] // fused_products), steps, tiles)
     return Counts(*(int(count[0]) for count in _counts(keys, steps)))
 
 
 def _counts(keys: IntArray, steps: IntArray) -> list[IntArray]:
-    """The numbers of ``Counts`` from what a row sees of every tile, [rows, splits, tiles of a split]."""
-    in_split = keys.sum(axis=-1)
-    tile_keys, split_keys = keys.max(axis=(-2, -1)), in_split.max(axis=-1)
-    most_tiles, splits = (keys > 0).sum(axis=-1).max(axis=-1), (in_split > 0).sum(axis=-1)
+    """The numbers of ``Counts`` from what a row sees of every tile, [tiles of a split, splits, rows]."""
+    in_split = keys.sum(axis=0)
+    tile_keys, split_keys = keys.max(axis=(0, 1)), in_split.max(axis=0)
+    most_tiles, splits = (keys > 0).sum(axis=0).max(axis=0), (in_split > 0).sum(axis=0)
     return [
-        in_split.sum(axis=-1),
+        in_split.sum(axis=0),
         tile_keys,
         split_keys,
         most_tiles,
         splits,
         np.minimum(tile_keys + most_tiles - 2, split_keys - 1),
         np.maximum(splits - 1, 0),
-        steps.sum(axis=-1).max(axis=-1),
-        steps.max(axis=(-2, -1)),
+        split_keys if steps is keys else steps.sum(axis=0).max(axis=0),
+        tile_keys if steps is keys else steps.max(axis=(0, 1)),
     ]
 
 
 def _most_places(tiles: list[Layout]) -> tuple[int, int]:
-    """Most splits, and most tiles of a split."""
-    return max(order.real.shape[0] for order in tiles), max(order.real.shape[1] for order in tiles)
+    """Most tiles of a split, and most splits."""
+    return max(order.real.shape[1] for order in tiles), max(order.real.shape[0] for order in tiles)
 
 
 def _put(of_tiles: NDArray[Any], places: NDArray[Any], order: Layout) -> None:
-    """Put [..., tiles] in their places [..., splits, tiles of a split]."""
+    """Put [tiles, ...] in their places [tiles of a split, splits, ...]."""
     splits, most_tiles = order.real.shape
     if splits == 1:
-        places[..., 0, :most_tiles] = of_tiles
+        places[:most_tiles, 0] = of_tiles
     else:
-        places[..., :splits, :most_tiles][..., order.real] = of_tiles
+        places[:most_tiles, :splits].swapaxes(0, 1)[order.real] = of_tiles
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Path:
     """How many inexact operations the contribution of a key can pass through, as far as the data decide it.
 
     Attributes:
-        exps: [..., rows, splits, tiles of a split] exponentials multiplied into the weight of a key of a tile: its
+        exps: [tiles of a split, splits, heads, rows] exponentials multiplied into the weight of a key of a tile: its
             own, one for each later tile of its split that may raise the running maximum, and those of the merge.
         rescales: [..., rows] most rescalings by a factor other than 1 in one split.
         merge_rescales: [..., rows] rescalings in the merge.
@@ -184,64 +184,70 @@ class Path:
 
 
 def _records(upper: Float64Array, lower: Float64Array) -> BoolArray:
-    """True where a maximum in [lower, upper] may exceed all earlier ones, along the last axis.
+    """True where a maximum in [lower, upper] may exceed all earlier ones, along the first axis.
 
     The first finite one is not a record: what it rescales is zero.
     """
     before = np.full_like(lower, -np.inf)
-    np.maximum.accumulate(lower[..., :-1], axis=-1, out=before[..., 1:])
+    np.maximum.accumulate(lower[:-1], axis=0, out=before[1:])
     found: BoolArray = (upper > before) & (before > -np.inf)
     return found
 
 
 def _remaining(records: BoolArray) -> IntArray:
-    """How many records come after each position of the last axis."""
-    so_far = np.cumsum(records, axis=-1)
-    remaining: IntArray = so_far[..., -1:] - so_far
+    """How many records come after each position of the first axis."""
+    so_far = np.cumsum(records, axis=0)
+    remaining: IntArray = so_far[-1] - so_far
     return remaining
 
 
-def path(bounds: Float64Array, splits: Count, rows: list[slice], tiles: list[Layout]) -> Path:
+def highest(of_keys: Float64Array, rows: list[slice], tiles: list[Layout]) -> Float64Array:
+    """Largest of the numbers [..., rows, kv_len] in each tile; -inf where there is none.
+
+    Returns:
+        [tiles of a split, splits, ..., rows]
+    """
+    of_tiles = np.full((*_most_places(tiles), *of_keys.shape[:-1]), -np.inf)
+    for mine, order in zip(rows, tiles, strict=True):
+        maxima = np.maximum.reduceat(of_keys[..., mine, : order.kv_len], order.starts, axis=-1)
+        _put(np.moveaxis(maxima, -1, 0), of_tiles[..., mine], order)
+    return of_tiles
+
+
+def path(upper: Float64Array, lower: Float64Array, splits: Count) -> Path:
     """Count along the way of the keys of every row.
 
     Args:
-        bounds: [2, heads, rows, kv_len] upper and lower bounds of every computed logit in base 2, apart from a
-            factor common to the row; -inf where a key is hidden.
+        upper, lower: [tiles of a split, splits, heads, rows] bounds of the largest computed logit in base 2 of each
+            tile, apart from a factor common to the row; -inf where all its keys are hidden.
         splits: with a visible key, see ``Counts``.
-        rows: of each sequence.
-        tiles: of each sequence.
     """
-    places = _most_places(tiles)
-    of_tiles = np.full((*bounds.shape[:3], *places), -np.inf)
-    for mine, order in zip(rows, tiles, strict=True):
-        maxima = np.maximum.reduceat(bounds[:, :, mine, : order.kv_len], order.starts, axis=-1)
-        _put(maxima, of_tiles[:, :, mine], order)
-    records = _records(*of_tiles)
+    records = _records(upper, lower)
     exps = 1 + _remaining(records)
-    rescales = records.sum(axis=-1).max(axis=-1)
+    rescales = records.sum(axis=0).max(axis=0)
     merge_rescales: Count = 0
-    if places[0] > 1:
+    if upper.shape[1] > 1:
         # Merged pairwise in order, a split is rescaled when it is taken in and whenever a later one raises
         # the maximum; merged at once, only the first.
-        records = _records(*of_tiles.max(axis=-1))
+        records = _records(upper.max(axis=0), lower.max(axis=0))
         several = np.asarray(splits) > 1
-        exps += (several[..., None] * (1 + _remaining(records)))[..., None]
-        merge_rescales = several * (1 + records.sum(axis=-1))
+        exps += several * (1 + _remaining(records))
+        merge_rescales = several * (1 + records.sum(axis=0))
     return Path(exps, rescales, merge_rescales)
 
 
 def add_to_keys(
     of_all: Float64Array, of_tiles: NDArray[np.floating[Any]] | float, rows: list[slice], tiles: list[Layout]
 ) -> None:
-    """Add [heads, rows, splits, tiles of a split], or one number for all tiles, to [heads, rows, kv_len]."""
-    if isinstance(of_tiles, float) or of_tiles.shape[-2:] == (1, 1):
-        of_all += of_tiles if isinstance(of_tiles, float) else of_tiles[..., 0]
+    """Add [tiles of a split, splits, heads, rows], or one number for all tiles, to [heads, rows, kv_len]."""
+    if isinstance(of_tiles, float) or of_tiles.shape[:2] == (1, 1):
+        of_all += of_tiles if isinstance(of_tiles, float) else of_tiles[0, 0, ..., None]
         return
     for mine, order in zip(rows, tiles, strict=True):
         splits, most_tiles = order.real.shape
-        places = of_tiles[:, mine, :splits, :most_tiles]
-        in_order = places[..., 0, :] if splits == 1 else places[..., order.real]
-        of_all[:, mine, : order.kv_len] += np.repeat(in_order, order.widths, axis=-1)
+        places = of_tiles[:most_tiles, :splits, :, mine]
+        in_order = places[:, 0] if splits == 1 else places.swapaxes(0, 1)[order.real]
+        of_all[:, mine, : order.kv_len] += np.repeat(in_order.transpose(1, 2, 0), order.widths, axis=-1)
 
 
 ONE_TILE = Path(exps=1, rescales=0, merge_rescales=0)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from references.rounding_errors import Arithmetic, Error, expm1_bound
 from references.softmax import LN_2, LOG2_E, Magnitudes, Sequences, Softmax
-from references.tiling import ONE_TILE, Counts, Layout, Path, add_to_keys, path
+from references.tiling import ONE_TILE, Counts, Layout, Path, add_to_keys, highest, path
 
 Float64Array = NDArray[np.float64]
 
@@ -27,6 +27,7 @@ class Deviations:
     reach: Float64Array  # [num_kv_heads, rows] how far the computed maximum may be off, in octaves
     way: Path
     rescaling: Error  # of the accumulator and of the row sum, [..., rows]
+    row_sum: Error  # of the row sum, rescaling included, [..., rows]
 
 
 def column(x: Error | NDArray[np.int64]) -> Float64Array:
@@ -59,7 +60,8 @@ def deviations_of(
         query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
         if arithmetic.fused:  # the scaled query may be subnormal where the query is not
             query_floor += g * arithmetic.fmt.smallest_normal
-        r += sequences.scores(np.full_like(sizes.query, b * (1 + g) * query_floor), sizes.key) + b * score_floor
+        floors = np.full_like(sizes.query, b * (1 + g) * query_floor)
+        r += sequences.scores(floors, sizes.key) + b * score_floor
     else:
         factor = c * (1 + theta) * (1 + u)
         r = exact.products * (b * factor * g)
@@ -75,42 +77,43 @@ def deviations_of(
         bounds = np.empty((2, *r.shape))
         np.add(exact.logit, uncertainty, out=bounds[0])
         np.subtract(exact.logit, uncertainty, out=bounds[1])
-        way = path(bounds, seen.splits, sequences.rows, tiles)
+        of_tiles = highest(bounds, sequences.rows, tiles)
+        way = path(of_tiles[:, :, 0], of_tiles[:, :, 1], seen.splits)
     rescaling = arithmetic.rescaling(seen, way)
+    row_sum = arithmetic.row_sum(seen, rescaling)
 
     # (3) A factor common to all logits acts through the gap only; differences telescope.
     exponent = exact.gap * (theta * b)
     exponent += r  # tau
     tau_max = exponent.max(axis=-1) / b
-    exponentials = -math.log1p(-model.exp2_error) * way.exps  # [..., rows, splits, tiles of a split], or one number
+    exponentials = -math.log1p(-model.exp2_error) * way.exps  # [tiles of a split, splits, heads, rows], or one number
     of_rows = LN_2 * u * (3 if model.contraction else 1) * tau_max
     exponent += np.multiply(exact.gap, LN_2 * u, out=r)
-    add_to_keys(exponent, of_rows[..., None, None] + exponentials, sequences.rows, tiles)
+    add_to_keys(exponent, of_rows[None, None] + exponentials, sequences.rows, tiles)
     shared: Float64Array | None = None
     if arithmetic.confidence is not None:
         shared = exact.gap * (LN_2 * theta)
         add_to_keys(shared, exponentials, sequences.rows, tiles)
     if model.merge == "lse":
-        stored = _stored_lse(exact, column(tau_max), arithmetic, seen, rescaling)
+        stored = _stored_lse(exact, column(tau_max), arithmetic, seen, row_sum)
         exponent += stored
         shared = None if shared is None else shared + stored
     largest = float(exponent.max())
     phi = expm1_bound(exponent, largest)
     shared = phi if shared is None else np.minimum(expm1_bound(shared, largest), phi)
     shift = theta * np.abs(exact.peak)
-    return Deviations(exponent, largest, phi, shared, shift, shift + tau_max, way, rescaling)
+    return Deviations(exponent, largest, phi, shared, shift, shift + tau_max, way, rescaling, row_sum)
 
 
 def _stored_lse(
-    exact: Softmax, tau_max: Float64Array, arithmetic: Arithmetic, seen: Counts, rescaling: Error
+    exact: Softmax, tau_max: Float64Array, arithmetic: Arithmetic, seen: Counts, row_sum: Error
 ) -> Float64Array:
     """(8) What merging through stored log-sum-exps adds to the exponent; it is not shift invariant."""
     model, u = arithmetic.model, arithmetic.u
     spread = np.log2(np.maximum(column(seen.split_keys) * column(seen.splits), 1))
     level = np.maximum(exact.magnitude, np.abs(exact.peak)[..., None]) + spread + tau_max + 1
     octaves = 3 * u * level + u * (exact.gap + spread + tau_max) + model.log2_error * (1 + spread)
-    row_sum = -np.log1p(-np.minimum(column(arithmetic.row_sum(seen, rescaling)), 0.5))
-    added: Float64Array = LN_2 * octaves + row_sum
+    added: Float64Array = LN_2 * octaves - np.log1p(-np.minimum(column(row_sum), 0.5))
     return np.where(column(seen.splits) > 1, added, 0.0)
 
 
@@ -127,5 +130,7 @@ def p_rounding(exact: Softmax, arithmetic: Arithmetic) -> Error:
     if exact.largest_gap < -fmt.emin:
         return relative
     with np.errstate(over="ignore"):
-        absolute = fmt.underflow_error(mode) * np.exp2(exact.gap)
-    return np.clip(absolute, relative, 1.0)
+        error = np.exp2(exact.gap)
+        error *= fmt.underflow_error(mode)
+    np.maximum(error, relative, out=error)
+    return np.minimum(error, 1.0, out=error)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from references import softmax
 from references.arithmetic_model import HOPPER, INTERPRETER, PERMISSIVE, ArithmeticModel
 from references.attention import visible_keys
 from references.error_bounds import ORACLE_SHARE, Sequence, budgets
@@ -47,28 +48,56 @@ def alone(sequence: Sequence, head: int, i: int) -> Sequence:
     )
 
 
-@pytest.mark.parametrize("alarm_lambda", [None, 6.0], ids=["gate", "alarm"])
-@pytest.mark.parametrize("model", [INTERPRETER, HOPPER, PERMISSIVE], ids=lambda m: m.name)
-def test_sequences_together_have_the_budgets_that_each_query_has_alone(
-    model: ArithmeticModel, alarm_lambda: float | None
-) -> None:
+def ragged() -> list[Sequence]:
+    """Sequences of which nothing is alike."""
     together = [
         drawn("normal", 3, 11, kv_split_size=4),
         drawn("wide range", 1, 40, is_causal=False),
         drawn("rising", 2, 1),
         drawn("positive values", 5, 3),
-        drawn("one key wins", 1, 23, kv_split_size=8),
+        drawn("subnormal", 1, 23, kv_split_size=8),
         drawn("normal", 2, 0),
     ]
     together[3].value[1, 2, 5] = np.inf
+    return together
+
+
+# What float64 may lose to cancellation in the centred term.
+NEAR: dict[str, Any] = {"rel": ORACLE_SHARE, "abs": 0.0, "nan_ok": True}
+
+
+@pytest.mark.parametrize("alarm_lambda", [None, 6.0], ids=["gate", "alarm"])
+@pytest.mark.parametrize("model", [INTERPRETER, HOPPER, PERMISSIVE], ids=lambda m: m.name)
+def test_sequences_together_have_the_budgets_that_each_query_has_alone(
+    model: ArithmeticModel, alarm_lambda: float | None
+) -> None:
+    together = ragged()
     options: dict[str, Any] = {"scale": 0.3, "fmt": "float16", "model": model, "alarm_lambda": alarm_lambda}
-    # What float64 may lose to cancellation in the centred term, in one of the two.
-    near: dict[str, Any] = {"rel": ORACLE_SHARE, "abs": 0.0, "nan_ok": True}
 
     for sequence, found in zip(together, budgets(together, **options), strict=True):
         for head, i in np.ndindex(*sequence.query.shape[:2]):
             single = budgets([alone(sequence, head, i)], **options)[0]
-            assert found.out[head, i] == pytest.approx(single.out[0, 0], **near)
-            assert found.by_term[1:, head, i] == pytest.approx(single.by_term[1:, 0, 0], **near)
-            assert found.lse_by_term[:, head, i] == pytest.approx(single.lse_by_term[:, 0, 0], **near)
+            assert found.out[head, i] == pytest.approx(single.out[0, 0], **NEAR)
+            assert found.by_term[1:, head, i] == pytest.approx(single.by_term[1:, 0, 0], **NEAR)
+            assert found.lse_by_term[:, head, i] == pytest.approx(single.lse_by_term[:, 0, 0], **NEAR)
             assert found.overflow_free[head, i] == single.overflow_free[0, 0]
+
+
+@pytest.mark.parametrize("model", [INTERPRETER, HOPPER], ids=lambda m: m.name)
+def test_budgets_do_not_depend_on_how_many_keys_are_worked_on_at_once(
+    model: ArithmeticModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = ragged()
+    single_rows = [alone(sequence, 0, 0) for sequence in sequences]
+    batches = [sequences, single_rows, *([sequence] for sequence in sequences)]
+    options: dict[str, Any] = {"scale": 0.3, "fmt": "float16", "model": model}
+
+    whole = [found for batch in batches for found in budgets(batch, **options)]
+    monkeypatch.setattr(softmax, "NUMBERS_AT_ONCE", 3 * HEAD_DIM)
+    pieces = [found for batch in batches for found in budgets(batch, **options)]
+
+    for found, expected in zip(pieces, whole, strict=True):
+        assert found.out == pytest.approx(expected.out, **NEAR)
+        assert found.by_term[1:] == pytest.approx(expected.by_term[1:], **NEAR)
+        assert found.lse_by_term == pytest.approx(expected.lse_by_term, **NEAR)
+        assert np.array_equal(found.overflow_free, expected.overflow_free)
