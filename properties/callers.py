@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import mmap
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,9 +160,18 @@ def far_apart(subject: Subject, axes: Sequence[int], what: str = "all", reach: i
     return _wrapped(subject, wrap)
 
 
-def give_memory_back() -> None:
-    """Let other processes have the memory of a GPU that ``far_apart`` took; elsewhere nothing is kept."""
-    torch.cuda.empty_cache()
+@contextlib.contextmanager
+def large_memory() -> Iterator[None]:
+    """For the memory of a GPU that ``far_apart`` takes: one process at a time has it. Elsewhere it costs nothing."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with Path(tempfile.gettempdir(), "flashcore-large-memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
 
 
 def before_inaccessible_memory(subject: Subject) -> Subject:

@@ -157,14 +157,15 @@ def _with_budgets(made: Run, waiting: list[_Answer | None], alarm_lambda: float 
     return expected
 
 
-def num_splits(given: Problem) -> list[int]:
-    """How many splits the first call makes of each row's cached keys, by what the active subject declares."""
+def split_starts(given: Problem) -> list[tuple[int, ...]]:
+    """Where the splits of each row's cached keys start in the first call, by what the active subject declares."""
     case, step, subject = given.case, given.steps[0], subjects.active()
     if case.op == "attention":
-        return [1] * case.batch
+        return [(0,)] * case.batch
     with subject.forced(case):
         lengths = zip(step.seq_lens, step.new_lens, strict=True)
-        return [len(subject.tiles(case, step.q_len, cached, new)) for cached, new in lengths]
+        tiles = [subject.tiles(case, step.q_len, cached, new) for cached, new in lengths]
+    return [tuple(split[0][0] for split in splits if split) for splits in tiles]
 
 
 def visible_problem(

@@ -34,7 +34,10 @@ def _assert_refused(subject: Subject, tensors: tuple[torch.Tensor, ...], options
     for what, (changed, others) in malformed(tensors, options):
         try:
             with torch.enable_grad():
-                subject.attention_with_kv_cache(*changed, **others)
+                _, cache, *_ = subject.attention_with_kv_cache(*changed, **others)
+            # Lengths that only the device reads are refused when the cache is next looked at.
+            for looked_at in (cache, others.get("past_key_value")):
+                getattr(looked_at, "check", lambda: None)()
         except (TypeError, ValueError, subject.overflow_error):
             continue
         raise LawViolation("accepted", f"a call with {what} was accepted\n  case: {describe(case)}", case)

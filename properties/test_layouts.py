@@ -40,13 +40,13 @@ def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
     case = with_a_full_tile(contiguous(case), 16)
     dense = run(case).outputs
     last_key = max((row.cached for row in case.rows), default=1) - 1
-    for what, reaches in (("cache", (last_key, 15)), ("new", (None, 15))):
-        for axes, reach in (((0, 1), None), ((2,), reaches[0]), ((2,), reaches[1])):
-            far = run(case, callers.far_apart(subjects.active(), axes, what, reach))
+    with callers.large_memory():
+        for what, reaches in (("cache", (last_key, 15)), ("new", (None, 15))):
+            for axes, reach in (((0, 1), None), ((2,), reaches[0]), ((2,), reaches[1])):
+                far = run(case, callers.far_apart(subjects.active(), axes, what, reach))
 
-            assert_same_outputs(far.outputs, dense, "tensors that span 2**31 elements and dense ones")
-            assert_no_findings(far, ["append", "lengths", "inputs"])
-    callers.give_memory_back()
+                assert_same_outputs(far.outputs, dense, "tensors that span 2**31 elements and dense ones")
+                assert_no_findings(far, ["append", "lengths", "inputs"])
 
 
 @asks("cache", "bits across layouts")

@@ -61,11 +61,10 @@ def configurations(arch: int) -> Iterator[Configuration]:
         for plan, causal in plans(dtype, head_dim, arch):
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
-                "WIDE": False, "CAUSAL": causal, "APPEND": True,
-                "HAS_SEQ_LENS": True, "HAS_NEW_LENS": True, "RETURN_LSE": True,
+                "WIDE": False, "CAUSAL": causal,
             }  # fmt: skip
             if plan.path == "split":
-                flags |= {"BLOCK_NEW": plan.block_new, "NEW_AHEAD": plan.new_ahead}
+                flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
             yield dtype, plan, flags
 
 

@@ -11,17 +11,25 @@ from hypothesis import given, settings
 
 from flashcore import KVCache
 from flashcore.fast import attention_production
+from flashcore.fast.kernels import primitives
 from flashcore.fast.relaunch import Relaunch
 from properties.case import Case
 from properties.runner import run
 from properties.strategies import cases
 
-FLAGS = ("MASK_D", "CAUSAL", "APPEND", "HAS_SEQ_LENS", "HAS_NEW_LENS")
+FLAGS = {"HAS_SEQ_LENS": primitives.HAS_SEQ_LENS, "HAS_NEW_LENS": primitives.HAS_NEW_LENS, "APPEND": primitives.APPEND}
+CONSTANTS = ("MASK_D", "CAUSAL")
+PATHS = ("prefill", "split")
 BRANCHES = {
-    *(f"{path}, {flag}={value}" for path in ("prefill", "split") for flag in FLAGS for value in (False, True)),
-    *(f"split, NEW_AHEAD={value}" for value in (False, True)),
+    *(
+        f"{path}, {flag}={value}"
+        for path in ("prefill", "split")
+        for flag in (*CONSTANTS, *FLAGS)
+        for value in (False, True)
+    ),
+    *(f"split, ONE_QUERY={value}" for value in (False, True)),
     *(f"split, splits {count}" for count in ("1", "2", "3 or more")),
-    *(f"{path}, row tiles {count}" for path in ("prefill", "split") for count in ("1", "several")),
+    *(f"{path}, row tiles {count}" for path in PATHS for count in ("1", "several")),
     "append alone",
     "repeated launch",
     "launch repeated in another number of splits",
@@ -34,23 +42,23 @@ class Spy:
     def __init__(self, path: str, seen: set[str], arg_names: list[str]) -> None:
         self.path, self.seen, self.arg_names = path, seen, arg_names
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> None:
             if self.path == "append":
                 self.seen.add("append alone")
                 arguments[0].zero_()
                 return
-            constants |= {n: a for n, a in zip(self.arg_names, arguments, strict=False) if n.isupper()}
-            flags = [*FLAGS, "NEW_AHEAD"] if self.path == "split" else FLAGS
-            self.seen.update(f"{self.path}, {flag}={bool(constants[flag])}" for flag in flags)
-            numbers = [argument for argument in arguments if not isinstance(argument, torch.Tensor)]
-            # qk_scale, then the sizes in the order of the kernel's signature
-            num_kv_heads, row_tiles = numbers[5], numbers[9]
-            self.seen.add(f"{self.path}, row tiles {'1' if row_tiles == 1 else 'several'}")
+            given = constants | dict(zip(self.arg_names, arguments, strict=False))
+            constexprs = [*CONSTANTS, "ONE_QUERY"] if self.path == "split" else CONSTANTS
+            self.seen.update(f"{self.path}, {name}={bool(given[name])}" for name in constexprs)
+            self.seen.update(f"{self.path}, {name}={bool(given['flags'] & bit.value)}" for name, bit in FLAGS.items())
             if self.path == "split":
-                splits = numbers[10]
-                assert grid[0] % (splits * row_tiles * num_kv_heads) == 0
+                splits, row_tiles = given["grid_splits"], grid[1]
+                assert grid[0] % (splits * given["num_kv_heads"]) == 0
                 self.seen.add(f"split, splits {('1', '2', '3 or more')[min(splits, 3) - 1]}")
+            else:
+                row_tiles = given["row_tiles"]
+            self.seen.add(f"{self.path}, row tiles {'1' if row_tiles == 1 else 'several'}")
             arguments[2].zero_() if arguments[2].dtype == torch.int32 else None
 
         return launch
@@ -74,7 +82,7 @@ def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: p
         if result is not None:
             seen.add("repeated launch")
             assert past.max_len is not None
-            if self.plan.num_splits(past.max_len) != self.arguments[self.index["grid_splits"]]:
+            if self.plan.grid_splits(past.max_len) != self.arguments[self.index["grid_splits"]]:
                 seen.add("launch repeated in another number of splits")
         return result
 

@@ -20,6 +20,7 @@ if interpreter.is_on():
 
 from flashcore.fast.kernels.append import append_new_tokens
 from flashcore.fast.kernels.prefill import prefill_attention
+from flashcore.fast.kernels.primitives import APPEND, HAS_NEW_LENS, HAS_SEQ_LENS, RETURN_LSE
 from flashcore.fast.kernels.split_kv import split_kv_attention
 
 Q_AXES = "[batch, num_q_heads, q_len, head_dim]"
@@ -477,19 +478,21 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     num_kv_heads = problem.k_cache.shape[1]
     group_size = num_q_heads // num_kv_heads
     row_tiles = tuning.ceil_div(q_len * group_size, plan.block_m)
-    unused = query  # a pointer argument must be a tensor even where the kernel never touches it
+    device = query.device
+    unused_float, unused_int = buffers.unused(torch.float32, device), buffers.unused(torch.int32, device)
     sources = problem.inputs()
     lens = (problem.seq_lens, problem.new_lens)
-    fault = unused
+    fault = unused_int
     if problem.owner is not None:
         fault = problem.owner.fault
     elif any(t is not None for t in lens):  # read and checked by the host: what the kernel could report is not missed
-        fault = torch.zeros(2, dtype=torch.int32, device=query.device)
-    pointers = (*sources, *(unused if t is None else t for t in lens))
-    sizes = (
+        fault = torch.zeros(2, dtype=torch.int32, device=device)
+    pointers = (*sources, *(unused_int if t is None else t for t in lens))
+    sizes = [
         problem.max_cached, q_len, problem.num_new_keys, problem.causal_offset,
-        num_kv_heads, group_size, head_dim, problem.slot_limit, row_tiles,
-    )  # fmt: skip
+        num_kv_heads, group_size, head_dim, problem.slot_limit,
+    ]  # fmt: skip
+    flags = _flags(lens, append=problem.seq_lens_out is not None, return_lse=lse is not None)
     strides = (*(0 if t is None else t.stride(0) for t in lens), *(s for t in sources for s in t.stride()[:3]))
     constants: dict[str, Any] = {
         "BLOCK_M": plan.block_m,
@@ -499,10 +502,6 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         "WIDE": any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:]),
         # A single query sees every new key: no diagonal.
         "CAUSAL": problem.is_causal and q_len > 1,
-        "APPEND": problem.seq_lens_out is not None,
-        "HAS_SEQ_LENS": problem.seq_lens is not None,
-        "HAS_NEW_LENS": problem.new_lens is not None,
-        "RETURN_LSE": lse is not None,
     }
     options: dict[str, Any] = {
         "num_warps": plan.num_warps,
@@ -510,32 +509,47 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         # Contraction of a*b+c changes last bits; fixed here so that no upgrade decides. See docs/numerics.md.
         "enable_fp_fusion": True,
     }
-    outputs = (out, unused if lse is None else lse, unused if problem.seq_lens_out is None else problem.seq_lens_out)
+    outputs = (
+        out,
+        unused_float if lse is None else lse,
+        unused_int if problem.seq_lens_out is None else problem.seq_lens_out,
+    )
     if plan.path == "prefill":
-        grid = (row_tiles * num_kv_heads * batch,)
-        prefill_attention[grid](*outputs, fault, *pointers, problem.qk_scale, *sizes, *strides, **constants, **options)
+        prefill_attention[(row_tiles * num_kv_heads * batch,)](
+            *outputs, fault, *pointers, problem.qk_scale, *sizes, row_tiles, flags, *strides, **constants, **options
+        )
         return
-    grid_splits = plan.num_splits(problem.max_cached)
-    scratch: tuple[Tensor, ...] = (unused, unused, unused)
-    arrivals = unused
+    grid_splits = plan.grid_splits(problem.max_cached)
+    scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)
+    arrivals = unused_int
     if grid_splits > 1:
         rows = [batch, num_kv_heads, grid_splits, q_len * group_size]
-        scratch = tuple(buffers.empty(shape, torch.float32, query.device) for shape in ([*rows, head_dim], rows, rows))
+        scratch = tuple(buffers.empty(shape, torch.float32, device) for shape in ([*rows, head_dim], rows, rows))
         arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
-    programs_a_split = row_tiles * num_kv_heads * batch
-    splits = (grid_splits, plan.kv_split_size, plan.max_splits)
+    splits = (grid_splits, plan.kv_split_size, plan.min_splits, plan.max_splits)
     arguments = [
-        *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, *splits, *strides
+        *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip
-    constants |= {"BLOCK_NEW": plan.block_new, "NEW_AHEAD": plan.new_ahead}
+    constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
-    compiled = split_kv_attention[(grid_splits * programs_a_split,)](*arguments, **options)
+    compiled = split_kv_attention[grid_splits * num_kv_heads * batch, row_tiles](*arguments, **options)
     if problem.call is not None and problem.owner is not None:
         again = relaunch.Relaunch(
-            split_kv_attention, compiled, arguments, options, plan, programs_a_split, problem.owner, query,
+            split_kv_attention, compiled, arguments, options, plan, problem.owner, query,
             problem.slot_limit, lse is not None,
         )  # fmt: skip
         problem.owner.remember(problem.call, again)
+
+
+def _flags(lens: tuple[Tensor | None, Tensor | None], *, append: bool, return_lse: bool) -> int:
+    """The bits of a kernel's ``flags``."""
+    bits = {
+        HAS_SEQ_LENS: lens[0] is not None,
+        HAS_NEW_LENS: lens[1] is not None,
+        APPEND: append,
+        RETURN_LSE: return_lse,
+    }
+    return sum(int(bit.value) for bit, is_set in bits.items() if is_set)
 
 
 def _launch_append(problem: _Problem) -> None:
@@ -548,11 +562,12 @@ def _launch_append(problem: _Problem) -> None:
     lens = (problem.seq_lens, problem.new_lens)
     caches, new = (problem.k_cache, problem.v_cache), (problem.k_new, problem.v_new)
     append_new_tokens[(token_tiles * num_kv_heads * batch,)](
-        problem.seq_lens_out, problem.owner.fault, *caches, *new, *(problem.query if t is None else t for t in lens),
+        problem.seq_lens_out, problem.owner.fault, *caches, *new,
+        *(buffers.unused(torch.int32, problem.k_new.device) if t is None else t for t in lens),
         problem.max_cached, q_len, num_kv_heads, head_dim, problem.slot_limit, token_tiles,
+        _flags(lens, append=True, return_lse=False),
         *(0 if t is None else t.stride(0) for t in lens), *(s for t in (*caches, *new) for s in t.stride()),
         BLOCK_N=block_n, BLOCK_D=tuning.padded_head_dim(head_dim),
-        HAS_SEQ_LENS=lens[0] is not None, HAS_NEW_LENS=lens[1] is not None,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ of bounds, which a plain ``torch.empty`` hides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,3 +16,9 @@ import torch
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocate an uninitialised contiguous tensor."""
     return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+@functools.cache
+def unused(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What stands where a kernel takes a pointer that this call never follows; one element, never read or written."""
+    return torch.empty(1, dtype=dtype, device=device)

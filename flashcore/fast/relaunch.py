@@ -51,7 +51,6 @@ class Relaunch:
         arguments: its positional arguments and constexprs, in the order of its signature.
         launch_options: num_warps and the like.
         plan: of the call.
-        programs_a_split: grid size divided by the number of splits.
         cache: the buffers.
         query: of the call, for shapes.
         slot_limit: no row may become longer.
@@ -65,7 +64,6 @@ class Relaunch:
         arguments: list[Any],
         launch_options: dict[str, Any],
         plan: tuning.LaunchPlan,
-        programs_a_split: int,
         cache: KVCache,
         query: Tensor,
         slot_limit: int,
@@ -76,7 +74,6 @@ class Relaunch:
         self.compiled = compiled
         self.launch_options = launch_options
         self.plan = plan
-        self.programs_a_split = programs_a_split
         self.slot_limit = slot_limit
         self.return_lse = return_lse
         self.device = query.device
@@ -88,11 +85,12 @@ class Relaunch:
         self.cache_pointers = (cache[0].data_ptr(), cache[1].data_ptr())
         self.index = {name: position for position, name in enumerate(kernel.arg_names)}
         self.arguments = [a.data_ptr() if compiled is not None and isinstance(a, Tensor) else a for a in arguments]
-        rows = [query.shape[0], cache[0].shape[1], plan.num_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
+        rows = [query.shape[0], cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
         rows[3] *= self.q_len
         self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
         self.partials: tuple[Tensor, ...] | None = None
-        self.arrivals = rows[0] * rows[1] * -(-rows[3] // plan.block_m)
+        self.heads = rows[0] * rows[1]
+        self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
 
     def __call__(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
@@ -129,16 +127,16 @@ class Relaunch:
         }  # fmt: skip
         if lse is not None:
             named["lse_ptr"] = lse
-        grid_splits = self.plan.num_splits(bound)
+        grid_splits = self.plan.grid_splits(bound)
         named["grid_splits"] = grid_splits
         if grid_splits > 1:
             if self.partials is None:
                 # Kept for later steps: two launches at once on one lineage would already race for the same slots.
                 self.partials = tuple(buffers.empty(s, torch.float32, self.device) for s in self.partial_shapes)
             named["partial_out_ptr"], named["partial_m_ptr"], named["partial_l_ptr"] = self.partials
-            named["arrivals_ptr"] = past.arrival_counters(self.arrivals)
+            named["arrivals_ptr"] = past.arrival_counters(self.heads * self.row_tiles)
         arguments = self.arguments.copy()
-        self._launch(grid_splits * self.programs_a_split, arguments, named)
+        self._launch(grid_splits * self.heads, arguments, named)
         cache = past.appended(lens_out, bound + self.q_len)
         return (out, cache) if lse is None else (out, cache, lse)
 
@@ -147,10 +145,21 @@ class Relaunch:
         if self.compiled is None:
             for name, argument in named.items():
                 arguments[index[name]] = argument
-            self.kernel[(programs,)](*arguments, **self.launch_options)
+            self.kernel[programs, self.row_tiles](*arguments, **self.launch_options)
             return
         for name, argument in named.items():
             arguments[index[name]] = argument.data_ptr() if isinstance(argument, Tensor) else argument
         compiled = self.compiled
         stream = triton.runtime.driver.active.get_current_stream(self.device.index)
-        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        compiled.run(
+            programs,
+            self.row_tiles,
+            1,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *arguments,
+        )

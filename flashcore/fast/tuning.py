@@ -22,11 +22,17 @@ SPLIT_ROWS = 32
 WIDE_SPLIT_ROWS = 16
 """The same for wide tiles (float32, head_dim beyond 128), whose split kernel would spill with more rows."""
 
-KV_SPLIT_SIZE = 512
-"""Slots of one split: enough work to hide a program's start, few enough that one long row fills a GPU."""
+KV_SPLIT_BYTES = 256 * 1024
+"""Keys and values that a split of a long row reads: beyond that, merging one more split costs less than it saves."""
+
+KV_SPLIT_SIZE = 1024
+"""Slots of a split of a long row, where they have fewer bytes than that."""
+
+MIN_SPLITS = 4
+"""Splits of a row that is too long for one: a batch of few rows and heads must fill a GPU, too."""
 
 MAX_SPLITS = 64
-"""A row's splits grow beyond ``kv_split_size`` slots rather than become more than this."""
+"""A row's splits grow rather than become more than this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +45,9 @@ class LaunchPlan:
         block_n: tile of keys.
         block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
         block_d: columns of a tile, head_dim and padding.
-        new_ahead: load the new tokens before the loop over the cache (split path), where registers allow.
-        kv_split_size: slots of a split, a multiple of block_n.
+        one_query: whether q_len is 1 (split path): the one new token is taken without a product of tiles.
+        kv_split_size: a row of at most so many slots has one split; a multiple of block_n.
+        min_splits: fewest splits of a longer row.
         max_splits: a row's splits grow longer rather than become more.
         num_warps: of a program.
         num_stages: of the software pipeline.
@@ -51,11 +58,18 @@ class LaunchPlan:
     block_n: int
     block_new: int
     block_d: int
-    new_ahead: bool
+    one_query: bool
     kv_split_size: int
+    min_splits: int
     max_splits: int
     num_warps: int
     num_stages: int
+
+    def grid_splits(self, cached: int) -> int:
+        """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
+        if self.path == "prefill" or cached <= self.kv_split_size:
+            return 1
+        return min(max(ceil_div(cached, self.kv_split_size), self.min_splits), self.max_splits)
 
     def split_size(self, cached: int) -> int | None:
         """Slots a split of a row with ``cached`` slots takes, or None on the prefill path.
@@ -64,10 +78,10 @@ class LaunchPlan:
         """
         if self.path == "prefill":
             return None
-        return max(self.kv_split_size, ceil_div(ceil_div(cached, self.max_splits), self.block_n) * self.block_n)
+        return max(ceil_div(ceil_div(cached, self.grid_splits(cached)), self.block_n), 1) * self.block_n
 
     def num_splits(self, cached: int) -> int:
-        """Splits of a row with ``cached`` slots; never fewer for a longer row."""
+        """Splits of a row with ``cached`` slots: not more than ``grid_splits``, fewer where whole tiles make it so."""
         size = self.split_size(cached)
         return 1 if size is None else max(1, ceil_div(cached, size))
 
@@ -164,7 +178,8 @@ def plan(
         dtype: of the inputs.
         block_m: forces the tile of (query, head) rows.
         block_n: forces the tile of keys.
-        arch: compute capability of the GPU times 10; it decides the tile of rows only, which no error bound sees.
+        arch: compute capability of the GPU times 10; it decides the tile of rows and the pipeline, which no error
+            bound sees.
     """
     rows = q_len * group_size
     block_d = padded_head_dim(head_dim)
@@ -175,14 +190,20 @@ def plan(
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
-    kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n
-    max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
-    num_warps = _num_warps(path, block_m, is_float32, block_d)
-    num_stages = 2 if is_float32 or path == "prefill" or block_d == 256 else 3
-    block_new = max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n
-    new_ahead = path == "split" and q_len == 1 and block_m == 16 and not is_float32 and block_d <= 128
+    fits = KV_SPLIT_BYTES // (2 * block_d * (4 if is_float32 else 2))
+    kv_split_size = ceil_div(_forced.kv_split_size or min(fits, KV_SPLIT_SIZE), block_n) * block_n
     return LaunchPlan(
-        path, block_m, block_n, block_new, block_d, new_ahead, kv_split_size, max_splits, num_warps, num_stages
+        path=path,
+        block_m=block_m,
+        block_n=block_n,
+        block_new=max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n,
+        block_d=block_d,
+        one_query=path == "split" and q_len == 1,
+        kv_split_size=kv_split_size,
+        min_splits=1 if _forced.kv_split_size else MIN_SPLITS,
+        max_splits=_forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30),
+        num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
+        num_stages=_num_stages(path, is_float32, block_d, arch),
     )
 
 
@@ -199,17 +220,25 @@ def _split_rows(is_float32: bool, block_d: int) -> int:
 def _default_block_m(rows: int, is_float32: bool, block_d: int, arch: int) -> int:
     if is_float32:
         largest = 32 if block_d <= 64 else 16
-    elif block_d == 128:
-        largest = 128 if arch == 90 else 64
+    elif block_d == 256:
+        largest = 32
     else:
-        largest = 32 if block_d == 256 else 128
+        largest = 64 if arch == 90 or block_d == 128 else 128
     return min(max(16, next_power_of_2(max(rows, 1))), largest)
 
 
-def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int) -> int:
+def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
     if is_float32:
         return 4 if block_d <= 32 or (path == "prefill" and block_d == 128) else 8
-    return 4 if block_m == 16 and block_d <= 128 else 8
+    # Hopper's matrix instruction takes 64 rows for four warps.
+    most_rows = 64 if arch == 90 and path == "prefill" else 16
+    return 4 if block_m <= most_rows and block_d <= 128 else 8
+
+
+def _num_stages(path: Path, is_float32: bool, block_d: int, arch: int) -> int:
+    if is_float32 or block_d == 256:
+        return 2
+    return 3 if path == "split" or arch == 90 else 2
 
 
 def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:

@@ -55,8 +55,8 @@ MUTANTS = (
         (
             Edit(
                 PREFILL,
-                "        HAS_SEQ_LENS, HAS_NEW_LENS,\n    )  # fmt: skip\n    query,",
-                "        HAS_SEQ_LENS, False,\n    )  # fmt: skip\n    query,",
+                "num_new_keys, flags\n    )\n    query,",
+                "num_new_keys, flags & HAS_SEQ_LENS\n    )\n    query,",
             ),
         ),
         VALUES,
@@ -97,6 +97,36 @@ MUTANTS = (
                 "        else (lengths.seq_lens - (seq_lens is not None)).clamp(0),\n",
             ),
         ),
+        VALUES,
+    ),
+    Mutant(
+        "F356",
+        "VALID",
+        "kernels are told of lengths for an append, and of an append for lengths",
+        "new_lens without an append, an append without new_lens",
+        (
+            Edit(WRAPPER, "        HAS_NEW_LENS: lens[1] is not None,", "        APPEND: lens[1] is not None,"),
+            Edit(WRAPPER, "        APPEND: append,", "        HAS_NEW_LENS: append,"),
+        ),
+        ("append_stores", *VALUES),
+    ),
+    Mutant(
+        "F357",
+        "VALID",
+        "kernels are told of new_lens for seq_lens, and of seq_lens for new_lens",
+        "one of them given",
+        (
+            Edit(WRAPPER, "        HAS_SEQ_LENS: lens[0] is not None,", "        HAS_NEW_LENS: lens[0] is not None,"),
+            Edit(WRAPPER, "        HAS_NEW_LENS: lens[1] is not None,", "        HAS_SEQ_LENS: lens[1] is not None,"),
+        ),
+        VALUES,
+    ),
+    Mutant(
+        "F358",
+        "VALID",
+        "kernels are not told that an LSE is asked for",
+        "return_lse",
+        (Edit(WRAPPER, "        RETURN_LSE: return_lse,\n", ""),),
         VALUES,
     ),
 )

@@ -7,7 +7,7 @@ from properties.mutants.mutant import PREFILL, PRIMITIVES, WRAPPER, Edit, Mutant
 VALUES = ("within_the_error_budget",)
 
 _ROW_LIMIT = "row_limit = tl.minimum(tl.maximum(query + causal_offset + 1, 0), num_new_keys)"
-_MASKED_LOOP = "for start_n in range(full_stop, stop, BLOCK_N):"
+_MASKED_LOOP = "for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=1):"
 
 MUTANTS = (
     Mutant(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, Edit, Mutant
 
 VALUES = ("within_the_error_budget", "sees_no_key")
 
 _FIRST_LSE = """\
-        if RETURN_LSE:
+        if flags & RETURN_LSE:
             tl.store(lse_ptr + out_row, lse, mask=in_tile)"""
 _PREFILL_LSE = """\
-    if RETURN_LSE:
+    if flags & RETURN_LSE:
         tl.store(lse_ptr + out_row, lse, mask=in_tile)"""
 _NEIGHBOUR = """\
-            before = tl.load(seq_lens_ptr + tl.maximum(b - 1, 0) * stride_seq) if HAS_SEQ_LENS else 1
+            given = (flags & HAS_SEQ_LENS) != 0
+            before = tl.load(seq_lens_ptr + tl.maximum(b - 1, 0) * stride_seq, mask=given, other=1)
             moved = tl.where((b > 0) & (before == 0), num_kv_heads * group_size * q_len, 0)
 """
 _SEES_KEYS = "real & ((cached > 0) | (row_limit > 0))"
@@ -74,7 +77,7 @@ MUTANTS = (
                 _PREFILL_LSE,
                 _PREFILL_LSE.replace(
                     "        tl.store",
-                    f"{_NEIGHBOUR.replace('    before', 'before').replace('    moved', 'moved')}        tl.store",
+                    f"{textwrap.indent(textwrap.dedent(_NEIGHBOUR), '        ')}        tl.store",
                 ).replace("out_row,", "out_row - moved,"),
             ),
         ),

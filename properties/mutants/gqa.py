@@ -87,8 +87,8 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "scratch = (b64 * num_kv_heads + h) * grid_splits",
-                "scratch = (b64 * num_kv_heads + h * group_size) * grid_splits",
+                "first_split = (b64 * num_kv_heads + h) * grid_splits",
+                "first_split = (b64 * num_kv_heads + h * group_size) * grid_splits",
             ),
         ),
         ("decode_over_several_splits", "a_row_alone", *VALUES),

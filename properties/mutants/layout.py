@@ -96,8 +96,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "given = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)",
-                "given = tl.load(new_lens_ptr + b)",
+                "given_new = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)",
+                "given_new = tl.load(new_lens_ptr + b)",
             ),
         ),
         LENGTHS,

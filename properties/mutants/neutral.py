@@ -18,12 +18,13 @@ _LOGITS = """\
 """
 _MASKED = """\
         logits = tl.where(visible, logits, -float("inf"))
-        if CAUSAL:
-            acc, v = contain_nonfinite_values(acc, v, start_n"""
+    return"""
+_HEAD = "h = tl.program_id(0) // grid_splits % num_kv_heads"
+_ROW = "b = tl.program_id(0) // grid_splits // num_kv_heads"
 
 
-def _reversed(file: str, start: str, stop: str) -> Edit:
-    anchor = f"    for start_n in range({start}, {stop}, BLOCK_N):\n"
+def _reversed(file: str, start: str, stop: str, loop: str = "range({}, {}, BLOCK_N)") -> Edit:
+    anchor = f"    for start_n in {loop.format(start, stop)}:\n"
     return Edit(file, anchor, _BACKWARDS.format(indent="    ", start=start, stop=stop))
 
 
@@ -51,7 +52,7 @@ MUTANTS = (
         "tiles are visited in reverse",
         _reversed(SPLIT_KV, "start", "stop"),
         _reversed(PRIMITIVES, "start", "full_stop"),
-        _reversed(PRIMITIVES, "full_stop", "stop"),
+        _reversed(PRIMITIVES, "full_stop", "stop", "tl.range({}, {}, BLOCK_N, num_stages=1)"),
     ),
     _neutral(
         "N4",
@@ -64,8 +65,8 @@ MUTANTS = (
         "splits are half as long",
         Edit(
             TUNING,
-            "kv_split_size = ceil_div(_forced.kv_split_size or KV_SPLIT_SIZE, block_n) * block_n",
-            "kv_split_size = ceil_div((_forced.kv_split_size or KV_SPLIT_SIZE) // 2, block_n) * block_n",
+            "kv_split_size = ceil_div(_forced.kv_split_size or min(fits, KV_SPLIT_SIZE), block_n) * block_n",
+            "kv_split_size = ceil_div((_forced.kv_split_size or min(fits, KV_SPLIT_SIZE)) // 2, block_n) * block_n",
         ),
     ),
     _neutral(
@@ -84,5 +85,28 @@ MUTANTS = (
             '        logits = tl.where(visible | (qk_scale > 0), scores * qk_scale, -float("inf"))\n'
             + _MASKED.split("\n", 1)[1],
         ),
+    ),
+    _neutral(
+        "N7",
+        "every split of a decode step stores its token, to the same slot",
+        Edit(SPLIT_KV, "stores = is_last & (tile == 0)", "stores = (tile == 0)"),
+        Edit(SPLIT_KV, "tl.where(is_last, new_keys, 0)", "new_keys"),
+    ),
+    _neutral(
+        "N8",
+        "programs count batch rows before kv heads",
+        Edit(
+            SPLIT_KV,
+            _HEAD,
+            "h = tl.program_id(0) // grid_splits // (tl.num_programs(0) // grid_splits // num_kv_heads)",
+        ),
+        Edit(
+            SPLIT_KV, _ROW, "b = tl.program_id(0) // grid_splits % (tl.num_programs(0) // grid_splits // num_kv_heads)"
+        ),
+    ),
+    _neutral(
+        "N9",
+        "the kernel does not know the fewest splits of a long row",
+        Edit(PRIMITIVES, "tl.maximum(tl.cdiv(cached, kv_split_size), min_splits)", "tl.cdiv(cached, kv_split_size)"),
     ),
 )

@@ -7,7 +7,8 @@ from properties.mutants.mutant import PRIMITIVES, SPLIT_KV, Edit, Mutant
 POISON = ("invisible", "within_the_error_budget")
 NON_FINITE = ("a_non_finite",)
 
-_CONTAIN = "        if CAUSAL:\n            acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)\n"
+_CONTAIN = "    if MASK_N and CAUSAL:\n        acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)\n"
+_ANY = "if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0:"
 _CONTAIN_NEW = "    if CAUSAL:\n        acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)\n"
 
 MUTANTS = (
@@ -62,9 +63,36 @@ MUTANTS = (
         "causal, a non-finite value",
         (
             Edit(
-                PRIMITIVES, '    acc = tl.where(row_limit[:, None] > first_nonfinite[None, :], float("nan"), acc)\n', ""
+                PRIMITIVES,
+                '        acc = tl.where(row_limit[:, None] > first_nonfinite[None, :], float("nan"), acc)\n',
+                "",
             ),
         ),
+        NON_FINITE,
+    ),
+    Mutant(
+        "F354",
+        "POISON",
+        "only the first key of a tile is looked at for a non-finite value",
+        "causal, a non-finite value",
+        (
+            Edit(
+                PRIMITIVES,
+                _ANY,
+                _ANY.replace(
+                    "finite.to(tl.int32)",
+                    "tl.where(offs_n[:, None] == tl.min(offs_n, axis=0), finite.to(tl.int32), 1)",
+                ),
+            ),
+        ),
+        NON_FINITE,
+    ),
+    Mutant(
+        "F355",
+        "POISON",
+        "values are contained only where all are finite",
+        "causal, a non-finite value",
+        (Edit(PRIMITIVES, _ANY, _ANY.replace("== 0", "!= 0")),),
         NON_FINITE,
     ),
     Mutant(
@@ -73,11 +101,6 @@ MUTANTS = (
         "padding tokens' values are loaded; their weight is 0, but 0 * NaN is NaN",
         "split path, new_lens < q_len",
         (
-            Edit(
-                SPLIT_KV,
-                "        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_visible, head_dim",
-                "        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, q_len, head_dim",
-            ),
             Edit(
                 SPLIT_KV,
                 "            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim",

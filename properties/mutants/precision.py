@@ -13,7 +13,7 @@ _WEIGHTS = "p = tl.exp2(logits - m_base[:, None])  # [BLOCK_M, BLOCK_N]\n"
 _MERGED_SPLIT = "beta = tl.exp2(m_s - m_base)"
 _FOLDED = "return online_softmax_update(acc, m_i, l_i, logits, v)\n"
 _UPDATE = "def online_softmax_update(acc, m_i, l_i, logits, v):\n"
-_MASKED_TILE = "contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)\n    "
+_MASKED_TILE = 'logits = tl.where(visible, logits, -float("inf"))\n    '
 _HELPERS = "@triton.jit\ndef load_tile(\n"
 
 _FLOAT16_DOT = """\
@@ -180,8 +180,8 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "offs_d[None, :], acc, mask=partial_mask)",
-                "offs_d[None, :], acc.to(tl.bfloat16).to(tl.float32), mask=partial_mask)",
+                "+ in_partial, acc, mask=partial_mask)",
+                "+ in_partial, acc.to(tl.bfloat16).to(tl.float32), mask=partial_mask)",
             ),
         ),
         ("every_kernel_decodes_alike", *VALUES),

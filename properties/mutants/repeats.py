@@ -87,8 +87,8 @@ MUTANTS = (
         (
             Edit(
                 RELAUNCH,
-                "plan.num_splits(slot_limit), query",
-                "max(2, plan.num_splits(cache.max_len or 0)), query",
+                "plan.grid_splits(slot_limit), query",
+                "max(2, plan.grid_splits(cache.max_len or 0)), query",
             ),
         ),
         STEPS,
@@ -100,6 +100,14 @@ MUTANTS = (
         "repeated chunks of several tokens",
         (Edit(RELAUNCH, "past.appended(lens_out, bound + self.q_len)", "past.appended(lens_out, bound + 1)"),),
         STEPS,
+    ),
+    Mutant(
+        "F335",
+        "STATE",
+        "a repeated launch has the splits of the longest row, though whole tiles may leave a shorter one more",
+        "decode steps of a ragged batch, splits that must grow, the longest row just past a multiple",
+        (Edit(RELAUNCH, "self.plan.grid_splits(bound)", "self.plan.num_splits(bound)"),),
+        ("every_kernel_decodes_alike", *STEPS),
     ),
     Mutant(
         "F217",

@@ -14,9 +14,10 @@ _MERGE = """\
     alpha = tl.exp2(m_i - m_base)
     beta = tl.exp2(m_s - m_base)
 """
-_SPLITS = "splits = (grid_splits, plan.kv_split_size, plan.max_splits)"
+_SPLITS = "splits = (grid_splits, plan.kv_split_size, plan.min_splits, plan.max_splits)"
+_MINE = "mine = first_split + s * step"
 _COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), start,"
-_EXISTS = "exists = in_tile & (first + step + tl.zeros([BLOCK_M], tl.int32) < num_splits)"
+_EXISTS = "exists = in_tile & (first + i + tl.zeros([BLOCK_M], tl.int32) < num_splits)"
 _ARRIVAL = """\
         arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile
         merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_splits - 1
@@ -63,12 +64,11 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "        mine = scratch + s * scratch_step",
-                "        mine = (b64 * num_kv_heads + h) * num_splits * q_len * group_size\n"
-                "        mine += tile * BLOCK_M + tl.arange(0, BLOCK_M) + s * scratch_step",
+                _MINE,
+                "mine = (b64 * num_kv_heads + h) * num_splits * step + tile * BLOCK_M + s * step",
             ),
         ),
-        VALUES,
+        (*ALONE, *VALUES),
     ),
     Mutant(
         "M68",
@@ -86,10 +86,10 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "        mine = scratch + s * scratch_step",
-                "        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile\n"
+                _MINE,
+                "arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile\n"
                 '        ticket = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") % 65536\n'
-                "        mine = scratch + ticket * scratch_step",
+                "        mine = first_split + ticket * step",
             ),
             Edit(
                 SPLIT_KV,
@@ -124,11 +124,11 @@ MUTANTS = (
         "every split counts the new tokens",
         "splits > 1",
         (
-            Edit(SPLIT_KV, "new_visible = tl.where(is_last, new_keys, 0)", "new_visible = new_keys"),
+            Edit(SPLIT_KV, "tl.where(is_last, new_keys, 0)", "new_keys"),
             Edit(
                 SPLIT_KV,
-                "    if is_last:\n        if not NEW_AHEAD",
-                "    if s < num_splits:\n        if not NEW_AHEAD",
+                "    if is_last:\n        if ONE_QUERY:\n            acc",
+                "    if s < num_splits:\n        if ONE_QUERY:\n            acc",
             ),
         ),
         VALUES,
@@ -155,8 +155,8 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                'm_s = tl.load(partial_m_ptr + theirs, mask=exists, other=-float("inf"))',
-                "m_s = tl.load(partial_m_ptr + theirs, mask=exists, other=0.0)",
+                'm_s = tl.load(partial_m_ptr + theirs + rows, mask=exists, other=-float("inf"))',
+                "m_s = tl.load(partial_m_ptr + theirs + rows, mask=exists, other=0.0)",
             ),
         ),
         ("lse_over_several_splits", *VALUES),
@@ -185,8 +185,8 @@ MUTANTS = (
         (
             Edit(
                 TUNING,
-                "return 1 if size is None else max(1, ceil_div(cached, size))",
-                "return 1 if size is None else max(1, cached // size)",
+                "return min(max(ceil_div(cached, self.kv_split_size), self.min_splits), self.max_splits)",
+                "return min(max(cached // self.kv_split_size, self.min_splits), self.max_splits)",
             ),
         ),
         VALUES,
@@ -207,8 +207,8 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "offs_d[None, :], acc, mask=partial_mask)",
-                "offs_d[None, :], acc.to(q.dtype).to(tl.float32), mask=partial_mask)",
+                "+ in_partial, acc, mask=partial_mask)",
+                "+ in_partial, acc.to(q.dtype).to(tl.float32), mask=partial_mask)",
             ),
         ),
         ("every_kernel_decodes_alike", *VALUES),
@@ -221,8 +221,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "tl.cdiv(tl.cdiv(cached, max_splits), BLOCK_N) * BLOCK_N",
-                "cached // max_splits // BLOCK_N * BLOCK_N",
+                "wanted = tl.minimum(tl.maximum(tl.cdiv(cached, kv_split_size), min_splits), max_splits)",
+                "wanted = tl.maximum(tl.cdiv(cached, kv_split_size), min_splits)",
             ),
         ),
         ("every_kernel_decodes_alike",),
@@ -232,9 +232,8 @@ MUTANTS = (
         "SPLIT",
         "row tiles of one head share their scratch",
         "splits > 1, q_len * group_size > BLOCK_M",
-        (Edit(SPLIT_KV, "* q_len * group_size + tile * BLOCK_M + tl.arange", "* q_len * group_size + tl.arange"),),
+        (Edit(SPLIT_KV, "* grid_splits * step + tile * BLOCK_M\n", "* grid_splits * step\n"),),
         VALUES,
-        needs_gpu="the interpreter runs the programs of one tile before those of the next",
     ),
     Mutant(
         "F40",
@@ -244,5 +243,19 @@ MUTANTS = (
         (Edit(SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("(b * num_kv_heads + h)", "b")),),
         VALUES,
         needs_gpu="the interpreter runs the splits of one head before those of the next",
+    ),
+    Mutant(
+        "F334",
+        "SPLIT",
+        "the grid has the splits of the longest row, though whole tiles may leave a shorter one more",
+        "ragged batch, splits that must grow, the longest row just past a multiple",
+        (
+            Edit(
+                WRAPPER,
+                "grid_splits = plan.grid_splits(problem.max_cached)",
+                "grid_splits = plan.num_splits(problem.max_cached)",
+            ),
+        ),
+        ("every_kernel_decodes_alike", *VALUES),
     ),
 )

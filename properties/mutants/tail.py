@@ -14,11 +14,11 @@ _ROW_MASK = "mask=(offs_n < stop)[:, None], other=0.0, eviction_policy"
 _OUTPUT_MASK = """\
 mask=in_tile[:, None] & in_head[None, :],
         )
-        if RETURN_LSE"""
+        if flags & RETURN_LSE"""
 _OUTPUT_MASK_PREFILL = """\
 mask=in_tile[:, None] & in_head[None, :],
     )
-    if RETURN_LSE"""
+    if flags & RETURN_LSE"""
 
 MUTANTS = (
     Mutant(

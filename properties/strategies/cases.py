@@ -35,7 +35,7 @@ _SPARE = (0, 1, 16, 40)
 _LAYOUTS = ("contiguous", "contiguous", "transposed", "padded", "gapped")
 _NON_FINITE = ("nan", "inf", "-inf")
 # Keys of a row that is long enough to be split by a kernel that nobody told how, and of one a little longer.
-LONG_ROWS = (513, 512, 640)
+LONG_ROWS = (1025, 1024, 1300)
 # One call that starts a cache, one that may be remembered, and one like it.
 STEADY_STEPS = 3
 # Tiles every case may visit, however often a law runs it: enough for two rows and two splits.

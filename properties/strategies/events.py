@@ -14,7 +14,7 @@ from hypothesis import currently_in_test_context, event, target
 from properties.case import DTYPES, FAMILIES, LAYOUTS, OPS, STARTS, TILES, Case
 from properties.schedule import Outline, outline
 
-LONG = 512  # keys: by then a kernel will have split a row on its own account
+LONG = 1024  # keys: by then a kernel will have split a row on its own account
 
 STEP_KINDS = (
     "first call",

@@ -27,9 +27,9 @@ def on_path(path: tuning.Path, case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path=path, kv_split_size=case.kv_split_size)
 
 
-def in_two_splits(case: Case) -> AbstractContextManager[None]:
-    """Force the split kernel, and splits that grow rather than become more than two."""
-    return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=2)
+def in_few_splits(case: Case) -> AbstractContextManager[None]:
+    """Force the split kernel, and splits that grow rather than become more than three."""
+    return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=3)
 
 
 def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
@@ -77,6 +77,6 @@ def subject() -> Subject:
         paths={
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),
-            "split in two": in_two_splits,
+            "few splits": in_few_splits,
         },
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 from flashcore.fast.kernels.primitives import append_tokens, report_fault, row_lengths
 
 RUN_TIME_ARGUMENTS = """
-    max_cached q_len num_kv_heads head_dim slot_limit token_tiles stride_seq stride_new
+    max_cached q_len num_kv_heads head_dim slot_limit token_tiles flags stride_seq stride_new
     stride_kcb stride_kch stride_kcn stride_kcd stride_vcb stride_vch stride_vcn stride_vcd
     stride_knb stride_knh stride_knn stride_knd stride_vnb stride_vnh stride_vnn stride_vnd
 """.split()
@@ -15,10 +15,10 @@ RUN_TIME_ARGUMENTS = """
 @triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS)
 def append_new_tokens(
     seq_lens_out_ptr, fault_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
-    max_cached, q_len, num_kv_heads, head_dim, slot_limit, token_tiles, stride_seq, stride_new,
+    max_cached, q_len, num_kv_heads, head_dim, slot_limit, token_tiles, flags, stride_seq, stride_new,
     stride_kcb, stride_kch, stride_kcn, stride_kcd, stride_vcb, stride_vch, stride_vcn, stride_vcd,
     stride_knb, stride_knh, stride_knn, stride_knd, stride_vnb, stride_vnh, stride_vnn, stride_vnd,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Copy one tile of new tokens of one (batch row, kv head) to its slots, whatever the strides.
 
@@ -29,7 +29,7 @@ def append_new_tokens(
     h = pid // token_tiles % num_kv_heads
     b = pid // token_tiles // num_kv_heads
     cached, _, num_tokens, lengths_ok = row_lengths(
-        b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, q_len, HAS_SEQ_LENS, HAS_NEW_LENS
+        b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, q_len, flags
     )
     fits = lengths_ok & (cached + num_tokens <= slot_limit)
     if h == 0 and tile == 0:

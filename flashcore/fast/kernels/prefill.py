@@ -4,6 +4,10 @@ import triton
 import triton.language as tl
 
 from flashcore.fast.kernels.primitives import (
+    APPEND,
+    HAS_NEW_LENS,
+    HAS_SEQ_LENS,
+    RETURN_LSE,
     append_tokens,
     attend_segment,
     finish,
@@ -14,10 +18,10 @@ from flashcore.fast.kernels.primitives import (
     tile_rows,
 )
 
-# Sizes and strides are run-time values that do not enter the cache key of compiled kernels; only
+# Sizes, strides and flags are run-time values that do not enter the cache key of compiled kernels; only
 # the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
-    max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit row_tiles
+    max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit row_tiles flags
     stride_seq stride_new
     stride_qb stride_qh stride_qm
     stride_kcb stride_kch stride_kcn stride_vcb stride_vch stride_vcn
@@ -30,14 +34,13 @@ def prefill_attention(
     out_ptr, lse_ptr, seq_lens_out_ptr, fault_ptr,
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
     qk_scale,
-    max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, row_tiles,
+    max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, row_tiles, flags,
     stride_seq, stride_new,
     stride_qb, stride_qh, stride_qm,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
-    WIDE: tl.constexpr, CAUSAL: tl.constexpr, APPEND: tl.constexpr,
-    HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr, RETURN_LSE: tl.constexpr,
+    WIDE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of BLOCK_M (query, head) rows to all the keys it sees; append the tile's share of new tokens.
 
@@ -55,11 +58,10 @@ def prefill_attention(
     b = pid // row_tiles // num_kv_heads
 
     cached, new_keys, num_queries, lengths_ok = row_lengths(
-        b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys,
-        HAS_SEQ_LENS, HAS_NEW_LENS,
-    )  # fmt: skip
+        b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
+    )
     query, head, in_tile, real, row_limit, common_limit, new_stop = tile_rows(
-        tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, CAUSAL
+        tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, False, CAUSAL
     )
     # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
     b64 = b.to(tl.int64)
@@ -99,12 +101,12 @@ def prefill_attention(
         out.to(out_ptr.dtype.element_ty),
         mask=in_tile[:, None] & in_head[None, :],
     )
-    if RETURN_LSE:
+    if flags & RETURN_LSE:
         tl.store(lse_ptr + out_row, lse, mask=in_tile)
 
     # One program a batch row writes its length; each tile copies the new tokens whose first row it holds.
     fits = lengths_ok & (cached + num_queries <= slot_limit)
-    if APPEND:
+    if flags & APPEND:
         if h == 0 and tile == 0:
             tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_queries, cached))
             report_fault(fault_ptr, b, lengths_ok, fits)
@@ -116,6 +118,6 @@ def prefill_attention(
                 stride_kcn, 1, stride_vcn, 1, stride_knn, 1, stride_vnn, 1,
                 BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    elif HAS_SEQ_LENS or HAS_NEW_LENS:
+    elif flags & (HAS_SEQ_LENS | HAS_NEW_LENS):
         if (tile == 0) & (h == 0):
             report_fault(fault_ptr, b, lengths_ok, lengths_ok)

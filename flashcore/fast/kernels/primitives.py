@@ -8,6 +8,13 @@ for all heads of the group. A *segment* is a run of keys in one buffer: the cach
 import triton
 import triton.language as tl
 
+# Bits of a kernel's ``flags``: what a call has and wants. They are run-time values, since nothing is compiled
+# differently for them that could run faster.
+HAS_SEQ_LENS = tl.constexpr(1)
+HAS_NEW_LENS = tl.constexpr(2)
+APPEND = tl.constexpr(4)
+RETURN_LSE = tl.constexpr(8)
+
 
 @triton.jit
 def known_multiple_of_8(x):
@@ -86,13 +93,15 @@ def contain_nonfinite_values(acc, v, offs_n, row_limit):
     offs_n     [BLOCK_N]           position of each key in the segment
     row_limit  [BLOCK_M]           row i sees keys below row_limit[i]
 
-    Returns acc and v; v has finite elements only.
+    Returns acc and v; v has finite elements only. Tiles without such values, which is nearly all, only look for them.
     """
     finite = tl.abs(v.to(tl.float32)) < float("inf")  # false for NaN
-    never: tl.constexpr = 2147483647
-    first_nonfinite = tl.min(tl.where(finite, never, offs_n[:, None]), axis=0)  # [BLOCK_D]
-    acc = tl.where(row_limit[:, None] > first_nonfinite[None, :], float("nan"), acc)
-    return acc, tl.where(finite, v, 0.0)
+    if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0:
+        never: tl.constexpr = 2147483647
+        first_nonfinite = tl.min(tl.where(finite, never, offs_n[:, None]), axis=0)  # [BLOCK_D]
+        acc = tl.where(row_limit[:, None] > first_nonfinite[None, :], float("nan"), acc)
+        v = tl.where(finite, v, 0.0)
+    return acc, v
 
 
 @triton.jit
@@ -114,15 +123,24 @@ def attend_tile(
     offs_d = tl.arange(0, BLOCK_D)
     if WIDE:
         offs_n = offs_n.to(tl.int64)
+    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
+    if MASK_N and CAUSAL:
+        acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)
     k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
-    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     if MASK_N:
         visible = (start_n + offs_n)[None, :] < row_limit[:, None]
         logits = tl.where(visible, logits, -float("inf"))
-        if CAUSAL:
-            acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)
     return online_softmax_update(acc, m_i, l_i, logits, v)
+
+
+@triton.jit
+def attend_one_key(acc, m_i, l_i, logit, v, num_keys):
+    """Fold one key, logit [BLOCK_M] in base 2 and v [BLOCK_D], or none (``num_keys`` 0): a split of a single key."""
+    exists = tl.zeros_like(logit) < num_keys
+    return merge_partial(
+        acc, m_i, l_i, v.to(tl.float32)[None, :], tl.where(exists, logit, -float("inf")), tl.where(exists, 1.0, 0.0)
+    )
 
 
 @triton.jit
@@ -159,7 +177,7 @@ def attend_segment(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
             stride_kn, stride_vn, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE, False,
         )  # fmt: skip
-    for start_n in range(full_stop, stop, BLOCK_N):
+    for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=1):
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
             stride_kn, stride_vn, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE, False,
@@ -231,10 +249,7 @@ def merge_partial(acc, m_i, l_i, acc_s, m_s, l_s):
 
 
 @triton.jit
-def row_lengths(
-    b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys,
-    HAS_SEQ_LENS: tl.constexpr, HAS_NEW_LENS: tl.constexpr,
-):  # fmt: skip
+def row_lengths(b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags):
     """Lengths of batch row ``b``: cached keys, new keys, real queries (clamped), and whether they were in range.
 
     Without ``seq_lens`` every row has ``max_cached`` cached keys, without ``new_lens`` ``q_len`` real queries and
@@ -245,16 +260,16 @@ def row_lengths(
     num_queries = q_len
     num_keys = num_new_keys
     lengths_ok = max_cached >= 0
-    if HAS_SEQ_LENS:
+    if flags & HAS_SEQ_LENS:
         # Clamped before the cast: an int64 length of 2**32 + 1 is out of range, not 1.
         given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)
         cached = tl.minimum(tl.maximum(given, 0), max_cached).to(tl.int32)
         lengths_ok = lengths_ok & (cached == given)
-    if HAS_NEW_LENS:
-        given = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)
-        num_queries = tl.minimum(tl.maximum(given, 0), q_len).to(tl.int32)
+    if flags & HAS_NEW_LENS:
+        given_new = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)
+        num_queries = tl.minimum(tl.maximum(given_new, 0), q_len).to(tl.int32)
         num_keys = num_queries
-        lengths_ok = lengths_ok & (num_queries == given)
+        lengths_ok = lengths_ok & (num_queries == given_new)
     return cached, num_keys, num_queries, lengths_ok
 
 
@@ -267,24 +282,31 @@ def tile_rows(
     q_len,
     group_size,
     BLOCK_M: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """Which query and head each row of a tile is, and how many new keys it sees.
 
     Query ``i`` sees new keys ``j <= i + causal_offset`` with CAUSAL, all of them without. Queries at or past
-    ``num_queries`` are padding: they are neither read nor see anything.
+    ``num_queries`` are padding: they are neither read nor see anything. ONE_QUERY: q_len is 1, which saves dividing.
 
     Returns query [BLOCK_M], head in group [BLOCK_M], in_tile [BLOCK_M] (a row of the output),
     real [BLOCK_M] (a row with a real query), row_limit [BLOCK_M], common_limit and stop (scalars).
     """
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = rows // group_size
-    head = rows % group_size
-    in_tile = query < q_len
-    real = query < num_queries
-    first = tile * BLOCK_M // group_size
-    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
+    if ONE_QUERY:
+        query = tl.zeros([BLOCK_M], tl.int32)
+        head = rows
+        in_tile = rows < group_size
+        real = in_tile & (query < num_queries)
+    else:
+        query = rows // group_size
+        head = rows % group_size
+        in_tile = query < q_len
+        real = query < num_queries
     if CAUSAL:
+        first = tile * BLOCK_M // group_size
+        last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
         row_limit = tl.minimum(tl.maximum(query + causal_offset + 1, 0), num_new_keys)
         common_limit = tl.minimum(tl.maximum(first + causal_offset + 1, 0), num_new_keys)
         stop = tl.minimum(tl.maximum(last + causal_offset + 1, 0), num_new_keys)
@@ -296,13 +318,16 @@ def tile_rows(
 
 
 @triton.jit
-def split_range(s, cached, kv_split_size, max_splits, BLOCK_N: tl.constexpr):
+def split_range(s, cached, kv_split_size, min_splits, max_splits, BLOCK_N: tl.constexpr):
     """Number of splits of a row with ``cached`` slots, and the slots ``[start, stop)`` of split ``s``.
 
-    ``flashcore.fast.tuning.split_size`` is the same arithmetic on the host: ranges of ``kv_split_size`` slots, longer
-    ones (in whole tiles) for a row that would need more than ``max_splits`` of them.
+    ``LaunchPlan.split_size`` is the same arithmetic on the host: one split up to ``kv_split_size`` slots, beyond
+    as many of at most that size as are needed, but from ``min_splits`` to ``max_splits`` of them; all of the same size,
+    in whole tiles, but for the last.
     """
-    size = tl.maximum(kv_split_size, tl.cdiv(tl.cdiv(cached, max_splits), BLOCK_N) * BLOCK_N)
+    wanted = tl.minimum(tl.maximum(tl.cdiv(cached, kv_split_size), min_splits), max_splits)
+    wanted = tl.where(cached <= kv_split_size, 1, wanted)
+    size = tl.maximum(tl.cdiv(tl.cdiv(cached, wanted), BLOCK_N), 1) * BLOCK_N
     start = s * size
     return tl.maximum(tl.cdiv(cached, size), 1), start, tl.minimum(start + size, cached)
 

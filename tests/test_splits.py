@@ -1,0 +1,52 @@
+"""Splits of the cached keys: the host launches as many as any row of the batch may need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashcore
+from flashcore.fast import tuning
+from tests.tensors import DEVICE, normal
+
+LENGTHS = range(1, 400)
+
+
+def plans() -> list[tuning.LaunchPlan]:
+    """As chosen, and as forced, with splits that have to grow."""
+    made = [tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16)]
+    for kv_split_size, max_splits in ((16, None), (16, 4), (48, 3), (32, 1)):
+        with tuning.forced(block_n=16, kv_split_size=kv_split_size, max_splits=max_splits):
+            made.append(tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16))
+    return made
+
+
+@pytest.mark.parametrize("plan", plans(), ids=lambda plan: f"{plan.kv_split_size} x {plan.max_splits}")
+def test_no_row_needs_more_splits_than_are_launched_for_a_longer_one(plan: tuning.LaunchPlan) -> None:
+    step = max(1, plan.kv_split_size // 100)
+    launched = [plan.grid_splits(step * n) for n in LENGTHS]
+
+    assert launched == sorted(launched)
+    assert all(plan.num_splits(step * n) <= grid for n, grid in zip(LENGTHS, launched, strict=True))
+    assert launched[-1] <= plan.max_splits
+
+
+@pytest.mark.parametrize("lengths", [(64, 65), (60, 65), (65, 64, 1, 0), (128, 129)])
+def test_rows_whose_splits_grew_stand_beside_rows_whose_did_not(lengths: tuple[int, ...]) -> None:
+    """With 65 slots three splits of 32 do, where 64 slots need four of 16."""
+    batch = len(lengths)
+    key, value = (normal(batch, 1, 130, 16, dtype=torch.float32, seed=i) for i in (1, 2))
+    query, new_key, new_value = (normal(batch, 1, 1, 16, dtype=torch.float32, seed=i) for i in (3, 4, 5))
+
+    def decode(rows: slice) -> torch.Tensor:
+        lens = torch.tensor(lengths[rows], dtype=torch.int32, device=DEVICE)
+        cache = (key[rows].clone(), value[rows].clone())
+        with tuning.forced(path="split", block_n=16, kv_split_size=16, max_splits=4):
+            return flashcore.attention_with_kv_cache(
+                query[rows], new_key[rows], new_value[rows], cache, seq_lens=lens, cache_max_len=130
+            )[0]
+
+    together = decode(slice(None))
+
+    for b in range(batch):
+        assert torch.equal(together[b : b + 1], decode(slice(b, b + 1)))
