@@ -525,6 +525,10 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     if grid_splits > 1:
         rows = [batch, num_kv_heads, grid_splits, q_len * group_size]
         scratch = tuple(buffers.empty(shape, torch.float32, device) for shape in ([*rows, head_dim], rows, rows))
+    # A cache that is going to be split has its counters from the first call on: a graph that is recorded before
+    # would have to zero counters of its own at each replay.
+    appends = problem.seq_lens_out is not None
+    if grid_splits > 1 or (appends and plan.grid_splits(problem.slot_limit) > 1):
         arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
     splits = (grid_splits, plan.kv_split_size, plan.min_splits, plan.max_splits)
     arguments = [

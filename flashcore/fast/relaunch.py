@@ -88,6 +88,7 @@ class Relaunch:
         rows = [query.shape[0], cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
         rows[3] *= self.q_len
         self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
+        self.splits_later = rows[2] > 1
         self.partials: tuple[Tensor, ...] | None = None
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
@@ -129,10 +130,10 @@ class Relaunch:
             named["lse_ptr"] = lse
         grid_splits = self.plan.grid_splits(bound)
         named["grid_splits"] = grid_splits
-        if grid_splits > 1:
-            if self.partials is None:
-                # Kept for later steps: two launches at once on one lineage would already race for the same slots.
-                self.partials = tuple(buffers.empty(s, torch.float32, self.device) for s in self.partial_shapes)
+        if self.splits_later and self.partials is None:
+            # Kept for later steps: two launches at once on one lineage would already race for the same slots.
+            self.partials = tuple(buffers.empty(s, torch.float32, self.device) for s in self.partial_shapes)
+        if grid_splits > 1 and self.partials is not None:
             named["partial_out_ptr"], named["partial_m_ptr"], named["partial_l_ptr"] = self.partials
             named["arrivals_ptr"] = past.arrival_counters(self.heads * self.row_tiles)
         arguments = self.arguments.copy()

@@ -142,7 +142,7 @@ MUTANTS = (
         "split path, q_len == 1, head_dim not a power of two",
         _LOADED_K,
         _LOADED_K.replace("one_visible", _ALL_COLUMNS),
-        ("invisible", *PAST_THE_END),
+        (*PAST_THE_END, "a_non_finite"),
     ),
     _split_kv(
         "F349",

@@ -233,7 +233,7 @@ MUTANTS = (
         "row tiles of one head share their scratch",
         "splits > 1, q_len * group_size > BLOCK_M",
         (Edit(SPLIT_KV, "* grid_splits * step + tile * BLOCK_M\n", "* grid_splits * step\n"),),
-        VALUES,
+        ("tiles_and_splits", *VALUES),
     ),
     Mutant(
         "F40",
