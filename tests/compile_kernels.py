@@ -2,8 +2,9 @@
 
     python tests/compile_kernels.py [--arch 80 90 100] [--jobs N]
 
-One JSON line a configuration: registers, spills (accesses of local memory), shared memory. Must run without
-TRITON_INTERPRET, since the kernels have to be compiled; ``tests/test_compiles.py`` runs it and judges the lines.
+One JSON line a configuration: registers, spills (accesses of local memory), fused multiply-adds, shared memory.
+Must run without TRITON_INTERPRET, since the kernels have to be compiled; ``tests/test_compiles.py`` runs it and judges
+the lines.
 """
 
 from __future__ import annotations
@@ -36,14 +37,11 @@ ROWS = (1, 16, 32, 1024)
 Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]
 
 
-def plans(dtype: torch.dtype, head_dim: int, arch: int) -> list[tuple[tuning.LaunchPlan, bool]]:
-    """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest).
-
-    With each, whether its kernel can have a diagonal: a single query sees every new token.
-    """
+def plans(dtype: torch.dtype, head_dim: int, arch: int) -> list[tuning.LaunchPlan]:
+    """Every tile for rows that are all one head (the widest tile of new tokens), or all one query (the narrowest)."""
     shapes = {(rows, 1) for rows in ROWS} | {(1, rows) for rows in ROWS}
     found = {
-        (tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype, arch=arch), q_len > 1)
+        tuning.plan(q_len=q_len, group_size=group_size, head_dim=head_dim, dtype=dtype, arch=arch)
         for q_len, group_size in shapes
     }
     return sorted(found, key=str)
@@ -58,10 +56,10 @@ def configurations(arch: int) -> Iterator[Configuration]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
-        for plan, causal in plans(dtype, head_dim, arch):
+        for plan in plans(dtype, head_dim, arch):
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
-                "WIDE": False, "CAUSAL": causal,
+                "WIDE": False,
             }  # fmt: skip
             if plan.path == "split":
                 flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
@@ -88,14 +86,14 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     compiled = triton.compile(
         ASTSource(kernel, signature, flags, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True},
+        options=plan.compiler_options(),
     )
     registers, spills = registers_and_spills(compiled.asm["cubin"])
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
         "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-        "registers": registers, "spills": spills,
+        "registers": registers, "spills": spills, "fused": compiled.asm["ptx"].count("fma.rn.f32"),
         "shared_bytes": compiled.metadata.shared,
     }  # fmt: skip
 

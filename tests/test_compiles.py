@@ -1,4 +1,4 @@
-"""Every shipped tile compiles for sm_80, sm_90 and sm_100 without spilling registers, and fits in shared memory.
+"""Every shipped tile compiles for sm_80, sm_90 and sm_100 without spilling, contracting, or too much shared memory.
 
 The interpreter knows neither registers nor shared memory. No GPU is needed to compile for one.
 """
@@ -53,6 +53,11 @@ def spilled(results: tuple[Result, ...]) -> list[str]:
     return [f"{name(r)}: {r['spills']} spills, {r['registers']} registers" for r in results if r["spills"]]
 
 
+def contracted(results: tuple[Result, ...]) -> list[str]:
+    """Configurations for matrix units, which multiply and add by themselves, with fused multiply-adds beside them."""
+    return [f"{name(r)}: {r['fused']} fused" for r in results if r["fused"] and r["dtype"] != "float32"]
+
+
 def too_large(results: tuple[Result, ...]) -> list[str]:
     """Configurations that need more shared memory than there is."""
     return [
@@ -69,15 +74,17 @@ def test_every_shipped_tile_compiles_without_spills_and_fits(arch: int) -> None:
     assert {(r["kernel"], r["dtype"]) for r in results} == {
         (kernel, dtype) for kernel in ("split", "prefill") for dtype in ("float16", "bfloat16", "float32")
     }
-    assert spilled(results) + too_large(results) == []
+    assert spilled(results) + too_large(results) + contracted(results) == []
 
 
-def test_a_spill_and_too_much_shared_memory_are_seen() -> None:
+def test_a_spill_a_contraction_and_too_much_shared_memory_are_seen() -> None:
     fine: Result = {
         "arch": 80, "dtype": "float16", "kernel": "split", "block_m": 16, "block_n": 64, "block_new": 16, "block_d": 64,
-        "num_warps": 4, "num_stages": 3, "registers": 255, "spills": 0, "shared_bytes": 163 * 1024,
+        "num_warps": 4, "num_stages": 3, "registers": 255, "spills": 0, "fused": 0,
+        "shared_bytes": 163 * 1024,
     }  # fmt: skip
 
-    assert spilled((fine,)) + too_large((fine,)) == []
+    assert spilled((fine,)) + too_large((fine,)) + contracted((fine,)) == []
+    assert "1 fused" in contracted(({**fine, "fused": 1},))[0]
     assert "sm_80 float16 split block_m=16" in spilled(({**fine, "spills": 1},))[0]
     assert "166913 bytes" in too_large(({**fine, "shared_bytes": 163 * 1024 + 1},))[0]

@@ -18,7 +18,7 @@ from properties.runner import run
 from properties.strategies import cases
 
 FLAGS = {"HAS_SEQ_LENS": primitives.HAS_SEQ_LENS, "HAS_NEW_LENS": primitives.HAS_NEW_LENS, "APPEND": primitives.APPEND}
-CONSTANTS = ("MASK_D", "CAUSAL")
+CONSTANTS = ("MASK_D",)
 PATHS = ("prefill", "split")
 BRANCHES = {
     *(

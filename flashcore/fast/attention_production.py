@@ -33,8 +33,7 @@ KV_AXES = "[batch, num_kv_heads, kv_len, head_dim]"
 class _Problem:
     """One launch: what is attended, in two segments of keys, and what is appended.
 
-    Every query sees the cached segment whole; query ``i`` sees new key ``j`` iff ``j <= i + causal_offset``, or all
-    of them without ``is_causal``.
+    Every query sees the cached segment whole; query ``i`` sees new key ``j`` iff ``j <= i + causal_offset``.
     """
 
     query: Tensor
@@ -45,8 +44,7 @@ class _Problem:
     max_cached: int  # the length of every row, or with seq_lens an upper bound
     num_new_keys: int
     qk_scale: float
-    is_causal: bool
-    causal_offset: int = 0
+    causal_offset: int
     seq_lens: Tensor | None = None
     new_lens: Tensor | None = None
     seq_lens_out: Tensor | None = None  # given when the new tokens are to be appended
@@ -129,8 +127,7 @@ def attention(
         max_cached=kv_len - diagonal,
         num_new_keys=diagonal,
         qk_scale=qk_scale,
-        is_causal=is_causal,
-        causal_offset=diagonal - q_len if is_causal else 0,
+        causal_offset=diagonal - q_len,
     )
     plan = tuning.plan(
         q_len=q_len,
@@ -257,7 +254,7 @@ def attention_with_kv_cache(
         max_cached=capacity if lengths.bound is None else lengths.bound,
         num_new_keys=q_len,
         qk_scale=qk_scale,
-        is_causal=is_causal,
+        causal_offset=0 if is_causal else q_len,
         seq_lens=None if past is None else lengths.seq_lens,
         new_lens=new_lens,
         seq_lens_out=seq_lens_out,
@@ -500,15 +497,8 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         "BLOCK_D": plan.block_d,
         "MASK_D": plan.block_d != head_dim,
         "WIDE": any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:]),
-        # A single query sees every new key: no diagonal.
-        "CAUSAL": problem.is_causal and q_len > 1,
     }
-    options: dict[str, Any] = {
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-        # Contraction of a*b+c changes last bits; fixed here so that no upgrade decides. See docs/numerics.md.
-        "enable_fp_fusion": True,
-    }
+    options = plan.compiler_options()
     outputs = (
         out,
         unused_float if lse is None else lse,

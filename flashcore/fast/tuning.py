@@ -65,6 +65,15 @@ class LaunchPlan:
     num_warps: int
     num_stages: int
 
+    def compiler_options(self) -> dict[str, int | bool]:
+        """What the kernels are compiled with.
+
+        No contraction of a * b + c: the difference of two rounded logits is never positive, so that no weight passes 1.
+        Contracted, the larger of two huge logits could exceed its own rounded maximum, and its weight overflow; and
+        tiles with a mask and without would differ in their last bits.
+        """
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
         if self.path == "prefill" or cached <= self.kv_split_size:
@@ -236,9 +245,9 @@ def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: i
 
 
 def _num_stages(path: Path, is_float32: bool, block_d: int, arch: int) -> int:
-    if is_float32 or block_d == 256:
+    if is_float32:
         return 2
-    return 3 if path == "split" or arch == 90 else 2
+    return 3 if path == "split" or (arch == 90 and block_d <= 128) else 2
 
 
 def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:

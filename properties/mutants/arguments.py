@@ -8,8 +8,7 @@ VALUES = ("within_the_error_budget",)
 
 _SCALE = """\
         qk_scale=qk_scale,
-        is_causal=is_causal,
-        seq_lens="""
+        causal_offset=0 if is_causal"""
 _CAUSAL_FLAG = """\
     validation.check_flag("is_causal", is_causal)
     validation.check_flag("return_lse", return_lse)
@@ -100,7 +99,7 @@ MUTANTS = (
         VALUES,
     ),
     Mutant(
-        "F356",
+        "F386",
         "VALID",
         "kernels are told of lengths for an append, and of an append for lengths",
         "new_lens without an append, an append without new_lens",
@@ -111,7 +110,7 @@ MUTANTS = (
         ("append_stores", *VALUES),
     ),
     Mutant(
-        "F357",
+        "F387",
         "VALID",
         "kernels are told of new_lens for seq_lens, and of seq_lens for new_lens",
         "one of them given",
@@ -122,7 +121,7 @@ MUTANTS = (
         VALUES,
     ),
     Mutant(
-        "F358",
+        "F388",
         "VALID",
         "kernels are not told that an LSE is asked for",
         "return_lse",

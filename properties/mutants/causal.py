@@ -7,7 +7,7 @@ from properties.mutants.mutant import PREFILL, PRIMITIVES, WRAPPER, Edit, Mutant
 VALUES = ("within_the_error_budget",)
 
 _ROW_LIMIT = "row_limit = tl.minimum(tl.maximum(query + causal_offset + 1, 0), num_new_keys)"
-_MASKED_LOOP = "for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=1):"
+_MASKED_LOOP = "for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=STAGES):"
 
 MUTANTS = (
     Mutant(
@@ -29,7 +29,7 @@ MUTANTS = (
                 "diagonal = min(q_len, kv_len) if is_causal else 0",
                 "diagonal = kv_len if is_causal else 0",
             ),
-            Edit(WRAPPER, "causal_offset=diagonal - q_len if is_causal else 0", "causal_offset=0"),
+            Edit(WRAPPER, "causal_offset=diagonal - q_len", "causal_offset=0"),
         ),
         ("without_a_cache",),
     ),
@@ -90,7 +90,7 @@ MUTANTS = (
         "MASK",
         "two queries at once are not masked",
         "q_len == 2, causal",
-        (Edit(WRAPPER, "problem.is_causal and q_len > 1", "problem.is_causal and q_len > 2"),),
+        (Edit(WRAPPER, "0 if is_causal else q_len", "0 if is_causal and q_len != 2 else q_len"),),
         VALUES,
     ),
     Mutant(
@@ -102,9 +102,9 @@ MUTANTS = (
             Edit(
                 PREFILL,
                 "tl.zeros([BLOCK_M], tl.int32) + cached, qk_scale",
-                "tl.zeros([BLOCK_M], tl.int32) + (tl.minimum(cached, query + 1) if CAUSAL else cached), qk_scale",
+                "tl.zeros([BLOCK_M], tl.int32) + tl.minimum(cached, query + 1 + causal_offset), qk_scale",
             ),
-            Edit(PREFILL, "v_cache_ptr, 0, cached, cached,", "v_cache_ptr, 0, cached, 0 if CAUSAL else cached,"),
+            Edit(PREFILL, "v_cache_ptr, 0, cached, cached,", "v_cache_ptr, 0, cached, 0,"),
         ),
         VALUES,
     ),

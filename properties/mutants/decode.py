@@ -32,7 +32,7 @@ def _split_kv(
 
 MUTANTS = (
     Mutant(
-        "F337",
+        "F367",
         "NUMERIC",
         "the new token of a decode step has no weight in the sum",
         "split path, q_len == 1",
@@ -46,7 +46,7 @@ MUTANTS = (
         VALUES,
     ),
     _split_kv(
-        "F338",
+        "F368",
         "NUMERIC",
         "the logit of a decode step's new token is not scaled",
         "split path, q_len == 1",
@@ -55,7 +55,7 @@ MUTANTS = (
         VALUES,
     ),
     Mutant(
-        "F339",
+        "F369",
         "MASK",
         "a single query takes a new token although there is none",
         "attention without a cache, one query",
@@ -63,7 +63,7 @@ MUTANTS = (
         ("without_a_cache", *VALUES),
     ),
     _split_kv(
-        "F340",
+        "F370",
         "NUMERIC",
         "the key of a decode step's new token is taken for its value",
         "split path, q_len == 1",
@@ -72,7 +72,7 @@ MUTANTS = (
         VALUES,
     ),
     Mutant(
-        "F341",
+        "F371",
         "NUMERIC",
         "the product of a decode step's new token is taken in the input's format",
         "split path, q_len == 1, float16 or bfloat16",
@@ -80,7 +80,7 @@ MUTANTS = (
         VALUES,
     ),
     Mutant(
-        "F342",
+        "F372",
         "APPEND",
         "a decode step stores a token that does not fit",
         "a recorded call that overflows",
@@ -89,7 +89,7 @@ MUTANTS = (
         needs_gpu="the host checks every call that is not recorded in a CUDA graph",
     ),
     Mutant(
-        "F343",
+        "F373",
         "APPEND",
         "every split of a decode step stores the token where its own slots end",
         "split path, q_len == 1, splits > 1",
@@ -101,7 +101,7 @@ MUTANTS = (
         BYTES,
     ),
     Mutant(
-        "F344",
+        "F374",
         "APPEND",
         "a decode step stores its token's padding columns over the next slot",
         "split path, q_len == 1, head_dim not a power of two",
@@ -109,7 +109,7 @@ MUTANTS = (
         BYTES,
     ),
     _split_kv(
-        "F345",
+        "F375",
         "APPEND",
         "a decode step stores its token one slot too far",
         "split path, q_len == 1",
@@ -118,7 +118,7 @@ MUTANTS = (
         BYTES,
     ),
     _split_kv(
-        "F346",
+        "F376",
         "APPEND",
         "a decode step stores its value with the stride of the keys",
         "key and value buffers of different strides",
@@ -127,7 +127,7 @@ MUTANTS = (
         BYTES,
     ),
     _split_kv(
-        "F347",
+        "F377",
         "APPEND",
         "a decode step stores its token although the cache is not to be updated",
         "update_cache=False, q_len == 1",
@@ -136,7 +136,7 @@ MUTANTS = (
         CANARY,
     ),
     _split_kv(
-        "F348",
+        "F378",
         "TAIL",
         "the new key of a decode step is loaded past head_dim and meets query columns of 0",
         "split path, q_len == 1, head_dim not a power of two",
@@ -145,7 +145,7 @@ MUTANTS = (
         (*PAST_THE_END, "a_non_finite"),
     ),
     _split_kv(
-        "F349",
+        "F379",
         "TAIL",
         "the new value of a decode step is loaded past head_dim into columns that nobody stores",
         "split path, q_len == 1, head_dim not a power of two",
@@ -154,7 +154,7 @@ MUTANTS = (
         PAST_THE_END,
     ),
     _split_kv(
-        "F350",
+        "F380",
         "INT",
         "the slot of a decode step's token is a 32-bit number",
         "offsets beyond 2**31",
@@ -163,7 +163,7 @@ MUTANTS = (
         ("two_to_the_31",),
     ),
     Mutant(
-        "F351",
+        "F381",
         "EMPTY",
         "a decode step without a new token attends to the cache",
         "split path, q_len == 1, new_lens 0",
@@ -171,7 +171,7 @@ MUTANTS = (
         ("sees_no_key", *VALUES),
     ),
     Mutant(
-        "F352",
+        "F382",
         "TAIL",
         "a decode step counts the row past the last head, too",
         "split path, q_len == 1, group_size no multiple of BLOCK_M",
@@ -179,7 +179,7 @@ MUTANTS = (
         (*CANARY, *VALUES),
     ),
     _split_kv(
-        "F353",
+        "F383",
         "GQA",
         "a program of the split path takes its kv head for its batch row",
         "batch >= 2 or several kv heads",

@@ -52,8 +52,13 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn,",
-                "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_kn,",
+                "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, True",
+                "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, True",
+            ),
+            Edit(
+                PRIMITIVES,
+                "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N",
+                "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N",
             ),
         ),
         STRIDES,

@@ -18,7 +18,7 @@ _LOGITS = """\
 """
 _MASKED = """\
         logits = tl.where(visible, logits, -float("inf"))
-    return"""
+    if not"""
 _HEAD = "h = tl.program_id(0) // grid_splits % num_kv_heads"
 _ROW = "b = tl.program_id(0) // grid_splits // num_kv_heads"
 
@@ -52,7 +52,7 @@ MUTANTS = (
         "tiles are visited in reverse",
         _reversed(SPLIT_KV, "start", "stop"),
         _reversed(PRIMITIVES, "start", "full_stop"),
-        _reversed(PRIMITIVES, "full_stop", "stop", "tl.range({}, {}, BLOCK_N, num_stages=1)"),
+        _reversed(PRIMITIVES, "full_stop", "stop", "tl.range({}, {}, BLOCK_N, num_stages=STAGES)"),
     ),
     _neutral(
         "N4",
@@ -62,12 +62,8 @@ MUTANTS = (
     ),
     _neutral(
         "N5",
-        "splits are half as long",
-        Edit(
-            TUNING,
-            "kv_split_size = ceil_div(_forced.kv_split_size or min(fits, KV_SPLIT_SIZE), block_n) * block_n",
-            "kv_split_size = ceil_div((_forced.kv_split_size or min(fits, KV_SPLIT_SIZE)) // 2, block_n) * block_n",
-        ),
+        "a row that is too long for one split has splits half as long",
+        Edit(TUNING, "MIN_SPLITS = 4\n", "MIN_SPLITS = 8\n"),
     ),
     _neutral(
         "N6",

@@ -7,9 +7,9 @@ from properties.mutants.mutant import PRIMITIVES, SPLIT_KV, Edit, Mutant
 POISON = ("invisible", "within_the_error_budget")
 NON_FINITE = ("a_non_finite",)
 
-_CONTAIN = "    if MASK_N and CAUSAL:\n        acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)\n"
+_CONTAIN = "        acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)\n"
 _ANY = "if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 0:"
-_CONTAIN_NEW = "    if CAUSAL:\n        acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)\n"
+_CONTAIN_NEW = "    acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)\n"
 
 MUTANTS = (
     Mutant(
@@ -71,7 +71,7 @@ MUTANTS = (
         NON_FINITE,
     ),
     Mutant(
-        "F354",
+        "F384",
         "POISON",
         "only the first key of a tile is looked at for a non-finite value",
         "causal, a non-finite value",
@@ -88,7 +88,7 @@ MUTANTS = (
         NON_FINITE,
     ),
     Mutant(
-        "F355",
+        "F385",
         "POISON",
         "values are contained only where all are finite",
         "causal, a non-finite value",

@@ -13,7 +13,7 @@ _WEIGHTS = "p = tl.exp2(logits - m_base[:, None])  # [BLOCK_M, BLOCK_N]\n"
 _MERGED_SPLIT = "beta = tl.exp2(m_s - m_base)"
 _FOLDED = "return online_softmax_update(acc, m_i, l_i, logits, v)\n"
 _UPDATE = "def online_softmax_update(acc, m_i, l_i, logits, v):\n"
-_MASKED_TILE = 'logits = tl.where(visible, logits, -float("inf"))\n    '
+_TILE_END = "head_dim, MASK_N, MASK_D, STREAMED)\n    "
 _HELPERS = "@triton.jit\ndef load_tile(\n"
 
 _FLOAT16_DOT = """\
@@ -158,8 +158,8 @@ MUTANTS = (
             Edit(PRIMITIVES, FOLD, FOLD.replace("alpha[:, None]", "tl.where(skip, 1.0, alpha)[:, None]")),
             Edit(
                 PRIMITIVES,
-                _MASKED_TILE + _FOLDED,
-                _MASKED_TILE + _FOLDED.replace("v)", "v, start_n == BLOCK_N)"),
+                _TILE_END + _FOLDED,
+                _TILE_END + _FOLDED.replace("v)", "v, start_n == BLOCK_N)"),
             ),
         ),
         VALUES,

@@ -102,7 +102,7 @@ MUTANTS = (
         STEPS,
     ),
     Mutant(
-        "F335",
+        "F365",
         "STATE",
         "a repeated launch has the splits of the longest row, though whole tiles may leave a shorter one more",
         "decode steps of a ragged batch, splits that must grow, the longest row just past a multiple",

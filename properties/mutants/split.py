@@ -245,7 +245,7 @@ MUTANTS = (
         needs_gpu="the interpreter runs the splits of one head before those of the next",
     ),
     Mutant(
-        "F334",
+        "F364",
         "SPLIT",
         "the grid has the splits of the longest row, though whole tiles may leave a shorter one more",
         "ragged batch, splits that must grow, the longest row just past a multiple",

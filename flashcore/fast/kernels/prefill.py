@@ -40,7 +40,7 @@ def prefill_attention(
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
-    WIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of BLOCK_M (query, head) rows to all the keys it sees; append the tile's share of new tokens.
 
@@ -61,7 +61,7 @@ def prefill_attention(
         b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
     )
     query, head, in_tile, real, row_limit, common_limit, new_stop = tile_rows(
-        tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, False, CAUSAL
+        tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, False
     )
     # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
     b64 = b.to(tl.int64)
@@ -91,7 +91,7 @@ def prefill_attention(
         )  # fmt: skip
         acc, m_i, l_i = attend_segment(
             acc, m_i, l_i, q, k_new_ptr, v_new_ptr, 0, new_stop, common_limit, row_limit, qk_scale, head_dim,
-            stride_knn, stride_vnn, BLOCK_N, BLOCK_D, MASK_D, CAUSAL, WIDE,
+            stride_knn, stride_vnn, BLOCK_N, BLOCK_D, MASK_D, True, WIDE,
         )  # fmt: skip
 
     out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))

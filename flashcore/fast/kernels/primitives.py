@@ -123,14 +123,17 @@ def attend_tile(
     offs_d = tl.arange(0, BLOCK_D)
     if WIDE:
         offs_n = offs_n.to(tl.int64)
-    v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     if MASK_N and CAUSAL:
+        # Before the product, while there are registers for it.
+        v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, True, MASK_D, STREAMED)
         acc, v = contain_nonfinite_values(acc, v, start_n + offs_n, row_limit)
     k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
     if MASK_N:
         visible = (start_n + offs_n)[None, :] < row_limit[:, None]
         logits = tl.where(visible, logits, -float("inf"))
+    if not (MASK_N and CAUSAL):
+        v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)
     return online_softmax_update(acc, m_i, l_i, logits, v)
 
 
@@ -145,15 +148,13 @@ def attend_one_key(acc, m_i, l_i, logit, v, num_keys):
 
 @triton.jit
 def attend_new_tile(
-    acc, m_i, l_i, q, k, v, row_limit, qk_scale,
-    BLOCK_NEW: tl.constexpr, CAUSAL: tl.constexpr,
+    acc, m_i, l_i, q, k, v, row_limit, qk_scale, BLOCK_NEW: tl.constexpr,
 ):  # fmt: skip
     """Fold the new tokens, all in one tile, k and v [BLOCK_NEW, BLOCK_D]: row ``i`` sees those below row_limit[i]."""
     offs_n = tl.arange(0, BLOCK_NEW)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_NEW]
     logits = tl.where(offs_n[None, :] < row_limit[:, None], logits, -float("inf"))
-    if CAUSAL:
-        acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)
+    acc, v = contain_nonfinite_values(acc, v, offs_n, row_limit)
     return online_softmax_update(acc, m_i, l_i, logits, v)
 
 
@@ -177,7 +178,9 @@ def attend_segment(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
             stride_kn, stride_vn, BLOCK_N, BLOCK_D, False, MASK_D, CAUSAL, WIDE, False,
         )  # fmt: skip
-    for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=1):
+    # A tile or two, not worth a pipeline: without one the 16-bit kernels need fewer registers, float32's need more.
+    STAGES: tl.constexpr = None if q.dtype == tl.float32 else 1
+    for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=STAGES):
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_ptr, v_ptr, start_n, stop, row_limit, qk_scale, head_dim,
             stride_kn, stride_vn, BLOCK_N, BLOCK_D, True, MASK_D, CAUSAL, WIDE, False,
@@ -283,12 +286,11 @@ def tile_rows(
     group_size,
     BLOCK_M: tl.constexpr,
     ONE_QUERY: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
     """Which query and head each row of a tile is, and how many new keys it sees.
 
-    Query ``i`` sees new keys ``j <= i + causal_offset`` with CAUSAL, all of them without. Queries at or past
-    ``num_queries`` are padding: they are neither read nor see anything. ONE_QUERY: q_len is 1, which saves dividing.
+    Query ``i`` sees new keys ``j <= i + causal_offset``. Queries at or past ``num_queries`` are padding: they are
+    neither read nor see anything. ONE_QUERY: q_len is 1, which saves dividing, and the query sees every new key.
 
     Returns query [BLOCK_M], head in group [BLOCK_M], in_tile [BLOCK_M] (a row of the output),
     real [BLOCK_M] (a row with a real query), row_limit [BLOCK_M], common_limit and stop (scalars).
@@ -299,21 +301,19 @@ def tile_rows(
         head = rows
         in_tile = rows < group_size
         real = in_tile & (query < num_queries)
+        row_limit = query + num_new_keys
+        common_limit = num_new_keys
+        stop = num_new_keys
     else:
         query = rows // group_size
         head = rows % group_size
         in_tile = query < q_len
         real = query < num_queries
-    if CAUSAL:
         first = tile * BLOCK_M // group_size
         last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group_size, num_queries - 1)
         row_limit = tl.minimum(tl.maximum(query + causal_offset + 1, 0), num_new_keys)
         common_limit = tl.minimum(tl.maximum(first + causal_offset + 1, 0), num_new_keys)
         stop = tl.minimum(tl.maximum(last + causal_offset + 1, 0), num_new_keys)
-    else:
-        row_limit = tl.zeros([BLOCK_M], tl.int32) + num_new_keys
-        common_limit = num_new_keys
-        stop = num_new_keys
     return query, head, in_tile, real, tl.where(real, row_limit, 0), common_limit, stop
 
 

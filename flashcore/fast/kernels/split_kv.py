@@ -47,7 +47,7 @@ def split_kv_attention(
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
-    ONE_QUERY: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    ONE_QUERY: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of (query, head) rows to one range of the cached keys; the last program to arrive merges.
 
@@ -78,7 +78,7 @@ def split_kv_attention(
         return
     is_last = s == num_splits - 1
     query, head, in_tile, real, row_limit, _, _ = tile_rows(
-        tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, ONE_QUERY, CAUSAL
+        tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, ONE_QUERY
     )
     # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
     b64 = b.to(tl.int64)
@@ -137,7 +137,7 @@ def split_kv_attention(
                 new_n = new_n.to(tl.int64)
             k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_keys, head_dim, True, MASK_D, False)
             v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)
-            acc, m_i, l_i = attend_new_tile(acc, m_i, l_i, q, k_new, v_new, row_limit, qk_scale, BLOCK_NEW, CAUSAL)
+            acc, m_i, l_i = attend_new_tile(acc, m_i, l_i, q, k_new, v_new, row_limit, qk_scale, BLOCK_NEW)
             if stores:
                 store_tokens(
                     k_cache_ptr, v_cache_ptr, cached, k_new, v_new, num_queries, head_dim,
