@@ -18,6 +18,7 @@ from properties.mutants import (
     offsets,
     poison,
     precision,
+    reading,
     refusals,
     repeats,
     split,
@@ -43,6 +44,7 @@ ALL: tuple[Mutant, ...] = (
     *offsets.MUTANTS,
     *edges.MUTANTS,
     *refusals.MUTANTS,
+    *reading.MUTANTS,
     *comparison.MUTANTS,
     *neutral.MUTANTS,
 )
