@@ -97,7 +97,7 @@ def with_lengths_held_as(subject: Subject, dtype: torch.dtype) -> Subject:
 
     def wrap(function: Function) -> Function:
         def held(*tensors: Any, **options: Any) -> Any:
-            past = options.get("past_key_value")
+            past: Any = options.get("past_key_value")
             if hasattr(past, "seq_lens") and not any(past is cache for cache in returned):
                 assert subject.make_cache is not None
                 options["past_key_value"] = subject.make_cache(*past, _every_second(past.seq_lens, dtype))
