@@ -103,7 +103,7 @@ def _malformed_options(tensors: tuple[torch.Tensor, ...], options: Options) -> I
         return
     yield from (("num_kv_heads", key.shape[1] + 1), ("num_query_heads", query.shape[1] - 1))
     yield from (("cache_max_len", 0), ("update_cache", int(options["update_cache"])))
-    if batch:
+    if batch and device.type == "cpu":  # on a GPU the kernel checks them, and a later call says so
         yield from (("new_lens", torch.full((batch,), n, device=device)) for n in (q_len + 1, -1))
 
 
