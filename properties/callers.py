@@ -70,6 +70,13 @@ def interleaved(subject: Subject) -> Subject:
     return _wrapped(subject, wrap)
 
 
+def _every_second(lengths: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same lengths as integers of another width, every second element of a larger tensor."""
+    wide = torch.zeros(2 * len(lengths), dtype=dtype, device=lengths.device)
+    wide[::2] = lengths
+    return wide[::2]
+
+
 def with_lengths_as(subject: Subject, dtype: torch.dtype) -> Subject:
     """Lengths are always passed, as integers of another width and every second element of a larger tensor."""
 
@@ -80,12 +87,29 @@ def with_lengths_as(subject: Subject, dtype: torch.dtype) -> Subject:
                 options.setdefault("seq_lens", past.seq_lens)
             for name in ("seq_lens", "new_lens"):
                 if name in options:
-                    wide = torch.zeros(2 * len(options[name]), dtype=dtype, device=options[name].device)
-                    wide[::2] = options[name]
-                    options[name] = wide[::2]
+                    options[name] = _every_second(options[name], dtype)
             return function(*tensors, **options)
 
         return converted
+
+    return _wrapped(subject, wrap)
+
+
+def with_lengths_held_as(subject: Subject, dtype: torch.dtype) -> Subject:
+    """A cache that no call returned holds its lengths like that; those that calls return are passed on as they are."""
+    returned: list[Any] = []
+
+    def wrap(function: Function) -> Function:
+        def held(*tensors: Any, **options: Any) -> Any:
+            past: Any = options.get("past_key_value")
+            if hasattr(past, "seq_lens") and not any(past is cache for cache in returned):
+                assert subject.make_cache is not None
+                options["past_key_value"] = subject.make_cache(*past, _every_second(past.seq_lens, dtype))
+            result = function(*tensors, **options)
+            returned.extend(part for part in result if hasattr(part, "seq_lens"))
+            return result
+
+        return held
 
     return _wrapped(subject, wrap)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from properties.assertions import LawViolation, describe
 from properties.case import Case
 from properties.subjects import Subject
 
+Plan = Callable[[Case], AbstractContextManager[Any]]
 KINDS = ("scale", "mask", "tile", "lse", "query", "key", "value")
 
 
@@ -49,20 +53,27 @@ def among_others(subject: Subject, case: Case) -> Subject:
     return replace(subject, attention_with_kv_cache=call, is_disturbed=True)
 
 
-def among_plans(subject: Subject, case: Case) -> Subject:
-    """Before every call the same one is made with each of the subject's kernels, beginning with any of them."""
-    function = subject.attention_with_kv_cache
-    paths = list(subject.paths.values())
-    first = case.seed % max(1, len(paths))
+def among_plans(subject: Subject, case: Case) -> tuple[Subject, Subject]:
+    """Every call made with each of the subject's kernels and the one it chooses, and a call made with the last alone.
 
-    def call(*tensors: Any, **options: Any) -> Any:
-        for forced in paths[first:] + paths[:first]:
-            with forced(case):
-                function(*tensors, **options)
-        with subject.forced(case):
+    Any of them comes last, by the seed; its result counts.
+    """
+    function = subject.attention_with_kv_cache
+    plans = [None, *subject.paths.values()]
+    first = case.seed % len(plans)
+    *before, last = plans[first:] + plans[:first]
+
+    def planned(plan: Plan | None, *tensors: Any, **options: Any) -> Any:
+        with nullcontext() if plan is None else plan(case):
             return function(*tensors, **options)
 
-    return replace(subject, attention_with_kv_cache=call, is_disturbed=True)
+    def call(*tensors: Any, **options: Any) -> Any:
+        for plan in before:
+            planned(plan, *tensors, **options)
+        return planned(last, *tensors, **options)
+
+    among = replace(subject, attention_with_kv_cache=call, is_disturbed=True)
+    return among, replace(subject, attention_with_kv_cache=partial(planned, last), is_disturbed=True)
 
 
 def _gapped(tensor: torch.Tensor) -> torch.Tensor:

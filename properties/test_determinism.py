@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 
@@ -12,6 +14,7 @@ from properties.checking import assert_no_findings
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
+from properties.variants import steady, with_cache
 
 
 @asks("bits across runs")
@@ -46,3 +49,16 @@ def test_how_lengths_are_stored_does_not_matter(case: Case) -> None:
         other = run(case, callers.with_lengths_as(subjects.active(), dtype)).outputs
 
         assert_same_outputs(other, plain, f"lengths as strided {dtype} and as plain integers")
+
+
+@asks("cache in place", "bits across runs")
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=2, min_steps=2, runs=3, overflow=False))
+def test_how_a_cache_holds_its_lengths_does_not_matter(case: Case) -> None:
+    """As integers of any width and stride: no later call takes its own for those of the first one."""
+    case = with_cache(case)
+    case = steady(replace(case, start="kv_cache", capacity=max(1, case.capacity)))
+    plain = run(case).outputs
+    for dtype in (torch.int32, torch.int64):
+        other = run(case, callers.with_lengths_held_as(subjects.active(), dtype)).outputs
+
+        assert_same_outputs(other, plain, f"a cache with lengths as strided {dtype} and as plain integers")

@@ -22,6 +22,7 @@ from properties.transformations import (
     with_fewer_cached,
     with_halves,
     with_inert_key,
+    with_inert_keys,
     with_key_offset,
     with_newest_token_edited,
     with_permuted_keys,
@@ -109,6 +110,18 @@ def test_a_key_far_below_the_maximum_changes_no_bit(case: Case) -> None:
     for one, other in zip(run(more).outputs, run(given).outputs, strict=True):
         if alike and one.out.size:
             assert_same_bits(one.rows(alike), other.rows(alike), "an inert key more and without")
+
+
+@asks("declared arithmetic")
+@given(case=cases(max_steps=1, min_rows=1, runs=2))
+def test_values_of_keys_far_below_the_maximum_do_not_matter(case: Case) -> None:
+    """However large they are, and though they come first: a weight of zero is zero after every later maximum."""
+    given = problem(with_values(not_causal(one_call(case)), "normal", scale=1.0))
+    given = with_key_offset(given, query=16.0, key=16.0)
+    huge = 2.0**8 if case.dtype == "float16" else 2.0**112  # thousands of them have a finite sum
+
+    small, large = (run(with_inert_keys(given, number)).outputs for number in (1.0, huge))
+    assert_same_outputs(large, small, "huge values of weight zero and small ones")
 
 
 @asks("bits across runs")

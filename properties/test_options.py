@@ -31,9 +31,10 @@ def test_a_call_with_other_options_leaves_nothing_behind(case: Case) -> None:
 def test_a_call_with_another_kernel_leaves_nothing_behind(case: Case) -> None:
     """No split, a split a tile, or two: whichever was forced before on the same cache, the bits are those asked for."""
     case = decoding(steady(case))
-    among = run(case, retries.among_plans(subjects.active(), case))
+    among, alone = retries.among_plans(subjects.active(), case)
 
-    assert_same_outputs(among.outputs, run(case).outputs, "a call after others with each kernel and alone")
+    outputs = run(case, among).outputs
+    assert_same_outputs(outputs, run(case, alone).outputs, "a call after others with each kernel and alone")
 
 
 @asks("refusals")
@@ -52,6 +53,15 @@ def test_a_call_that_must_be_refused_is_refused_whatever_was_called_before(case:
     among = run(case, refusals.among_malformed(subjects.active(), case))
 
     assert_no_findings(among, ["raised", "cache", "inputs", "append", "lengths"])
+    assert_same_outputs(among.outputs, run(case).outputs, "a call among malformed ones and alone")
+
+
+@asks("checked arguments")
+@given(case=cases(ops=("attention",)))
+def test_attention_without_a_cache_refuses_what_it_must(case: Case) -> None:
+    among = run(case, refusals.among_malformed(subjects.active(), case))
+
+    assert_no_findings(among, ["raised", "inputs"])
     assert_same_outputs(among.outputs, run(case).outputs, "a call among malformed ones and alone")
 
 

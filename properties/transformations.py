@@ -255,6 +255,18 @@ def with_inert_key(given: Problem) -> Problem:
     return with_keys(given, change)
 
 
+def with_inert_keys(given: Problem, number: float) -> Problem:
+    """All keys but the last: dim 0 of each is that of the last, negative, and every element of its value ``number``."""
+
+    def change(b: int, key: Float64Array, value: Float64Array) -> tuple[Float64Array, Float64Array]:
+        del b
+        is_last = np.arange(key.shape[1])[:, None] == key.shape[1] - 1
+        inert = np.where(np.arange(key.shape[2]) == 0, -key[:, -1:], 0.0)
+        return np.where(is_last, key, inert), np.where(is_last, value, number)
+
+    return with_keys(given, change)
+
+
 def with_one_dominant_key(given: Problem) -> tuple[Problem, list[int | None]]:
     """Logits of 0 but for one key of each row, whose logit is 256 under scale 1; every query that sees any sees it.
 

@@ -303,21 +303,24 @@ def limits_around(case: Case) -> list[Case]:
 def steady(case: Case) -> Case:
     """After the first call all bring as many tokens, every row alike, none padding, all stored; in aligned memory.
 
-    Calls of a server between two arrivals, or of one that speculates: what a kernel can prepare once and repeat.
+    Calls of a server between two arrivals, or of one that speculates: what a kernel can prepare once and repeat. By the
+    seed the smallest row tiles are forced, of which there may be several.
     """
     if case.op == "attention" or not case.rows:
         return case
     first, *later = case.rows[0].new
-    each = (2 if case.seed % 4 == 0 else max(1, later[0]),) * len(later) if later else ()
+    several = {0: 2, 4: 2, 5: 17}  # with the smallest tiles of rows one more than they hold
+    each = (several.get(case.seed % 8, max(1, later[0])),) * len(later) if later else ()
     rows = tuple(replace(row, new=(first, *each)) for row in case.rows)
     most = max(1, max((row.cached + sum(row.new) for row in rows), default=0))
-    steps = tuple(Step(parent=step.parent) for step in case.steps)
+    steps = tuple(Step(parent=step.parent, rollback=step.rollback) for step in case.steps)
     return contiguous(
         replace(
             case,
             rows=rows,
             steps=steps,
             head_dim=-(-case.head_dim // 8) * 8,
+            block_m=16 if case.seed % 8 > 3 else case.block_m,
             capacity=case.capacity and max(most, case.capacity),
             cache_max_len=max(most, case.cache_max_len),
         )
@@ -360,17 +363,23 @@ def ragged_stream(case: Case) -> Case:
 def across_a_split(case: Case) -> Case:
     """Every row has one cached key in a split that was not there a call before, when the last call comes.
 
-    Of a case whose splits are forced.
+    By the seed it is the second split, as far as a row's new tokens allow. Every call goes on from the one before. Of a
+    case whose splits are forced.
     """
-    if case.op == "attention" or case.kv_split_size is None:
+    size = case.kv_split_size
+    if case.op == "attention" or size is None:
         return case
-    rows = tuple(
-        replace(row, cached=row.cached + (1 - row.cached - sum(row.new[:-1])) % case.kv_split_size) for row in case.rows
-    )
+    rows = []
+    for row in case.rows:
+        before = sum(row.new[:-1])
+        more = (1 - row.cached - before) % size
+        is_second = case.seed % 4 == 1 and before <= size
+        rows.append(replace(row, cached=size + 1 - before if is_second else row.cached + more))
     most = max((row.cached + sum(row.new) for row in rows), default=0)
     return replace(
         case,
-        rows=rows,
+        rows=tuple(rows),
+        steps=tuple(Step(padding=step.padding) for step in case.steps),
         start="tuple" if case.start == "empty" else case.start,
         capacity=max(1, most, case.capacity),
         cache_max_len=max(1, most, case.cache_max_len),

@@ -134,6 +134,7 @@ def test_neutral_changes_survive(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_the_verdicts_of_mutants_that_are_still_the_same(tmp_path: Path) -> None:
     first, other = select(["M01", "M12"])
     verdict = Verdict(first, KILLED, ("law",), "out", 3, 2.5, 4.0, Case(), "report", {"grid": True})
+    verdict.laws_digest = record.laws_digest()
     path = tmp_path / "result.json"
     record.write(path, {"profile": "ci", "mutants": [record.to_record(verdict)]})
 
@@ -144,7 +145,22 @@ def test_a_resumed_run_keeps_the_verdicts_of_mutants_that_are_still_the_same(tmp
     record.write(path, {"profile": "ci", "mutants": [record.to_record(replace(verdict, outcome=SURVIVED))]})
     assert record.known(path, [first], {"profile": "ci"}) == {}
     assert set(record.known(path, [first], {"profile": "ci"}, also_wrong=True)) == {"M01"}
+    earlier = replace(verdict, laws_digest="of other laws")
+    record.write(path, {"profile": "ci", "mutants": [record.to_record(earlier)]})
+    assert record.known(path, [first], {"profile": "ci"}) == {}
+    assert record.known(path, [first], {"profile": "ci"}, also_wrong=True) == {"M01": earlier}
     assert record.known(None, [first], {}) == record.known(tmp_path / "none.json", [first], {}) == {}
+
+
+@pytest.mark.parametrize("file", ["properties/test_law.py", "properties/strategies/rows.py", "references/oracle.py"])
+def test_laws_are_others_when_a_source_of_theirs_changes(tmp_path: Path, file: str) -> None:
+    before = record.laws_digest(tmp_path)
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text("one")
+    one = record.laws_digest(tmp_path)
+    (tmp_path / file).write_text("another")
+
+    assert len({before, one, record.laws_digest(tmp_path)}) == 3
 
 
 def test_the_document_shows_survivors_first_and_what_other_suites_miss() -> None:
@@ -156,13 +172,15 @@ def test_the_document_shows_survivors_first_and_what_other_suites_miss() -> None
         Verdict(neutral, SURVIVED, cases=50),
     )
     pending = tuple(select(["M02"]))
-    score = report.Score(verdicts, (), "two cores", "ci", 70, 12.0, pending=pending)
+    verdicts[0].laws_digest = verdicts[2].laws_digest = "as they are"
+    score = report.Score(verdicts, (), "two cores", "ci", 70, 12.0, pending=pending, laws_digest="as they are")
     text = report.markdown(score, "2000-01-31")
 
     assert "on 2000-01-31; two cores." in text
     assert "* 1 of 2 planted faults killed (50 %), half of them within 2.5 s; 70 laws, profile ci" in text
     assert "* 0 of 1 killed by the four tests at 1e-3\n* 1 of 1 killed by the grid at 1.5e-2" in text
     assert "* 0 of 1 neutral changes killed, in 50 cases" in text
+    assert "* 1 verdicts are those of earlier laws: M12" in text
     assert "* 1 mutants not run yet: M02" in text
     assert text.index("| M12 | MASK") < text.rindex("| M01 | TAIL") < text.index("| N2 | NEUTRAL")
     assert "| M01 | the padding keys of the last tile take part in the softmax, with score 0 | batch=1" in text

@@ -1,4 +1,4 @@
-"""The law x verdict table: what is kept of a result, and that the document shows what is kept."""
+"""The law x verdict tables: what is kept of a result, and that the document shows what is kept."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def result(**fields: Any) -> dict[str, Any]:
         law("fourth_law", "not offered", not_offered={"bfloat16": 5}),
     ]
     found = {"subject": "some-kernel", "versions": {"python": "3.11", "kernel": "1.2"}, "seed": 7, "seconds": 60.2}
+    found["device"] = "Triton's interpreter on 2 CPU cores; python 3.11, kernel 1.2"
     return {**found, "interrupted": False, "not_offered": {"fifth_law": "lse"}, "laws": laws, **fields}
 
 
@@ -51,12 +52,18 @@ def test_verdicts_cases_and_worst_errors_are_kept_and_shown() -> None:
     assert f"* `some-kernel`, second law: {small}\n" in text
 
 
+def make_document(root: Path) -> Path:
+    (root / verdicts.GPU_FOLDER).mkdir(parents=True)
+    document = root / verdicts.DOCUMENT
+    document.parent.mkdir()
+    cpu, gpu = (f"{sections.begin(each)}\nSTALE\n{sections.END}" for each in (verdicts.SECTION, verdicts.GPU_SECTION))
+    document.write_text(f"Before\n{cpu}\nBetween\n{gpu}\nAfter\n")
+    return document
+
+
 def test_a_result_replaces_what_was_kept_of_its_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / verdicts.FOLDER).mkdir(parents=True)
-    (tmp_path / "docs").mkdir()
-    document = tmp_path / verdicts.DOCUMENT
-    document.write_text(f"Before\n{sections.begin(verdicts.SECTION)}\nSTALE\n{sections.END}\nAfter\n")
+    document = make_document(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps(result()))
 
     assert main(["subjects", "--verdicts", "result.json"]) == 0
@@ -68,20 +75,30 @@ def test_a_result_replaces_what_was_kept_of_its_subject(tmp_path: Path, monkeypa
     assert "STALE" not in first
 
 
+def test_a_gpu_has_its_own_table(tmp_path: Path) -> None:
+    document = make_document(tmp_path)
+    gpu = result(device="NVIDIA H100 80GB HBM3 (sm_90); python 3.12", versions={"python": "3.12"})
+    for name, each in (("cpu.json", result()), ("gpu.json", gpu)):
+        (tmp_path / name).write_text(json.dumps(each))
+
+    verdicts.update([tmp_path / "cpu.json", tmp_path / "gpu.json"], tmp_path)
+
+    assert "| `some-kernel` | python 3.11, kernel 1.2 |" in sections.read(document, verdicts.SECTION)
+    assert "| `some-kernel` | python 3.12 |" in sections.read(document, verdicts.GPU_SECTION)
+    assert "3.12" not in sections.read(document, verdicts.SECTION)
+    assert "3.11" not in sections.read(document, verdicts.GPU_SECTION)
+
+
 @pytest.mark.parametrize("fields", [{"interrupted": True}, {"laws": []}])
 def test_a_result_that_is_not_complete_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be a complete result of verify --json"):
         verdicts.summary(result(**fields))
 
 
-def test_the_document_shows_what_is_kept() -> None:
-    section = sections.read(ROOT / verdicts.DOCUMENT, verdicts.SECTION)
+@pytest.mark.parametrize(
+    ("name", "folder"), [(verdicts.SECTION, verdicts.FOLDER), (verdicts.GPU_SECTION, verdicts.GPU_FOLDER)]
+)
+def test_the_document_shows_what_is_kept(name: str, folder: Path) -> None:
+    section = sections.read(ROOT / verdicts.DOCUMENT, name)
 
-    assert section == verdicts.markdown(verdicts.kept(ROOT)).strip()
-
-
-def test_a_document_without_the_section_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "document.md").write_text(sections.begin("another command"))
-
-    with pytest.raises(ValueError, match="must have a section from <!-- written by: this command"):
-        sections.write(tmp_path / "document.md", "this command", "text")
+    assert section == verdicts.markdown(verdicts.kept(ROOT / folder)).strip()

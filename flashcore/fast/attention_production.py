@@ -527,7 +527,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
     compiled = split_kv_attention[grid_splits * num_kv_heads * batch, row_tiles](*arguments, **options)
-    if problem.call is not None and problem.owner is not None:
+    if problem.call is not None and problem.owner is not None and relaunch.reads_lengths_of(problem.seq_lens):
         again = relaunch.Relaunch(
             split_kv_attention, compiled, arguments, options, plan, problem.owner, query,
             problem.slot_limit, lse is not None,

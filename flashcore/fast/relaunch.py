@@ -42,6 +42,11 @@ def key_of(query: Tensor, key: Tensor, value: Tensor, options: tuple[object, ...
     )  # fmt: skip
 
 
+def reads_lengths_of(seq_lens: Tensor | None) -> bool:
+    """Whether a launch that read these lengths reads those of a returned cache, too: as int32, one after the other."""
+    return seq_lens is not None and seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
+
+
 class Relaunch:
     """A launch of the split-KV kernel that appended to a ``KVCache``, ready to be repeated.
 
@@ -105,7 +110,7 @@ class Relaunch:
             past[0].data_ptr(), past[1].data_ptr(),
         ):  # fmt: skip
             return None
-        if lens.dtype != torch.int32 or lens.shape != self.lens_shape or not lens.is_contiguous():
+        if not reads_lengths_of(lens) or lens.shape != self.lens_shape:
             return None
         if lens.device != self.device:
             return None

@@ -19,6 +19,7 @@ from properties.mutants import (
     offsets,
     poison,
     precision,
+    reading,
     refusals,
     repeats,
     split,
@@ -45,6 +46,7 @@ ALL: tuple[Mutant, ...] = (
     *offsets.MUTANTS,
     *edges.MUTANTS,
     *refusals.MUTANTS,
+    *reading.MUTANTS,
     *comparison.MUTANTS,
     *neutral.MUTANTS,
 )

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from properties.case import Case
-from properties.mutants.mutant import Mutant, edited
+from properties.mutants.mutant import ROOT, Mutant, edited
 from properties.mutants.trial import KILLED, SURVIVED, Verdict
 
 
 def digest(mutant: Mutant) -> str:
     """Of the changed files: a verdict on other text says nothing about this mutant."""
     return hashlib.sha256(json.dumps(edited(mutant), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def laws_digest(root: Path = ROOT) -> str:
+    """Of the sources that judge: laws, generator, comparison and oracle. A verdict of others may not be theirs."""
+    summary = hashlib.sha256()
+    for pattern in ("properties/*.py", "properties/strategies/*.py", "references/*.py"):
+        for path in sorted(root.glob(pattern)):
+            summary.update(f"{path.relative_to(root)} {path.read_text()}".encode())
+    return summary.hexdigest()[:16]
 
 
 def to_record(verdict: Verdict) -> dict[str, Any]:
@@ -27,6 +36,7 @@ def to_record(verdict: Verdict) -> dict[str, Any]:
         "change": mutant.change,
         "neutral": mutant.neutral,
         "digest": digest(mutant),
+        "laws_digest": verdict.laws_digest,
         "outcome": verdict.outcome,
         "laws": list(verdict.laws),
         "kind": verdict.kind,
@@ -53,6 +63,7 @@ def from_record(record: dict[str, Any], mutant: Mutant) -> Verdict:
         case=None if record["case"] is None else Case.from_json(json.dumps(record["case"])),
         report=record["report"],
         baselines=record["baselines"],
+        laws_digest=record.get("laws_digest", ""),
     )
 
 
@@ -68,7 +79,7 @@ def known(
 ) -> dict[str, Verdict]:
     """The verdicts of a file that still hold, by id: as they should be, on the same text, by a run like the one wanted.
 
-    A fault that survived is tried again, unless ``also_wrong``: the laws may have become stronger.
+    A fault that survived is tried again, and so is one that other laws judged, unless ``also_wrong``.
 
     Args:
         path: of the file; nothing is known if there is none.
@@ -80,11 +91,12 @@ def known(
     result = json.loads(path.read_text())
     if any(result[name] != value for name, value in wanted.items()):
         return {}
+    laws = laws_digest()
     records = {record["id"]: record for record in result["mutants"]}
     return {
         m.id: from_record(old, m)
         for m in mutants
         if (old := records.get(m.id)) is not None
         and old["digest"] == digest(m)
-        and (also_wrong or old["outcome"] == (SURVIVED if m.neutral else KILLED))
+        and (also_wrong or (old.get("laws_digest"), old["outcome"]) == (laws, SURVIVED if m.neutral else KILLED))
     }

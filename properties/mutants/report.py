@@ -25,6 +25,7 @@ class Score:
         seconds: that the verdicts took, summed.
         baselines: which baselines fail on the shipped source.
         pending: mutants that could run here and have not yet.
+        laws_digest: of the laws as they are.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -35,6 +36,7 @@ class Score:
     seconds: float
     baselines: dict[str, bool] = field(default_factory=dict)
     pending: tuple[Mutant, ...] = ()
+    laws_digest: str = ""
 
     @property
     def faults(self) -> list[Verdict]:
@@ -50,6 +52,11 @@ class Score:
     def false_alarms(self) -> list[Verdict]:
         """Neutral changes that a law objected to."""
         return [v for v in self.verdicts if v.mutant.neutral and v.outcome != SURVIVED]
+
+    @property
+    def outdated(self) -> list[Verdict]:
+        """Those of laws that have changed since."""
+        return [v for v in self.verdicts if v.laws_digest != self.laws_digest]
 
     @property
     def perfect(self) -> bool:
@@ -83,8 +90,9 @@ def markdown(score: Score, date: str) -> str:
         "# Mutation score",
         "",
         f"Written by `python -m properties mutants --profile {score.profile} --resume --json FILE --markdown "
-        f"docs/mutation-score.md` on {date}; {score.description}. Verdicts of mutants whose text had not changed since "
-        "an earlier run were taken from FILE. Seconds are those of the wall clock, whatever else the machine did.",
+        f"docs/mutation-score.md` on {date}; {score.description}. Verdicts of an earlier run were taken from FILE if "
+        "neither the mutated text nor the laws had changed. Seconds are those of the wall clock, whatever else the "
+        "machine did.",
         "",
         "Each mutant is a small fault planted in a copy of the kernels or of their Python wrapper "
         "(`properties/mutants/`). It is killed when a law fails on some generated case that the shipped source passes. "
@@ -204,6 +212,9 @@ def _summary(score: Score) -> list[str]:
     if neutral:
         cases = sum(v.cases for v in neutral)
         lines.append(f"{len(score.false_alarms)} of {len(neutral)} neutral changes killed, in {cases} cases")
+    if score.outdated:
+        ids = ", ".join(v.mutant.id for v in score.outdated)
+        lines.append(f"{len(score.outdated)} verdicts are those of earlier laws: {ids}")
     if score.pending:
         lines.append(f"{len(score.pending)} mutants not run yet: {', '.join(m.id for m in score.pending)}")
     if any(score.baselines.values()):

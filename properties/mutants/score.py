@@ -80,15 +80,19 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
                 say(f"{len(done)} of them are known from {options.json_path}")
             baselines = original.baselines() if trying.baselines else {}
             absent = tuple(m for m in mutants if m not in here)
+            laws_digest = record.laws_digest()
 
             def score() -> Score:
                 verdicts = tuple(done[m.id] for m in here if m.id in done)
                 seconds = sum(v.total_seconds for v in verdicts)
                 pending = tuple(m for m in here if m.id not in done)
-                return Score(verdicts, absent, description, options.profile, len(laws), seconds, baselines, pending)
+                return Score(
+                    verdicts, absent, description, options.profile, len(laws), seconds, baselines, pending, laws_digest
+                )
 
             def one(mutant: Mutant) -> None:
                 verdict = try_mutant(mutant, trying, original, options.device)
+                verdict.laws_digest = laws_digest
                 done[mutant.id] = verdict
                 say(_line(verdict))
                 if options.json_path is not None:

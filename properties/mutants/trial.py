@@ -66,6 +66,7 @@ class Verdict:
         case: the minimal case.
         report: of its failure.
         baselines: name -> whether it would have killed the mutant.
+        laws_digest: says which laws those were, see ``record.laws_digest``.
     """
 
     mutant: Mutant
@@ -78,6 +79,7 @@ class Verdict:
     case: Case | None = None
     report: str = ""
     baselines: dict[str, bool] = field(default_factory=dict)
+    laws_digest: str = ""
 
     @property
     def tokens(self) -> int | None:

@@ -1,6 +1,7 @@
-"""The law x verdict table of docs/findings.md, from results of ``verify --subject NAME --json FILE``.
+"""The law x verdict tables of docs/findings.md, from results of ``verify --subject NAME --json FILE``.
 
-What the table needs of each result is kept in ``fixtures/verdicts``, so that one subject can be judged again alone.
+What a table needs of each result is kept in ``fixtures/verdicts``, so that one subject can be judged again alone. A GPU
+has a table and a folder of its own: the same subject may be another kernel there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from properties import sections
 FOLDER = Path("fixtures/verdicts")
 DOCUMENT = Path("docs/findings.md")
 SECTION = "python -m properties subjects --verdicts FILE ..."
+GPU_FOLDER = FOLDER / "gpu"
+GPU_SECTION = f"{SECTION} on a GPU"
 _BUDGETS = re.compile(r"^  error \S+ = (\S+) x budget", re.MULTILINE)
 _CASE = re.compile(r"^  case: (.+)$", re.MULTILINE)
 
@@ -57,20 +60,23 @@ def _judged(law: dict[str, Any]) -> dict[str, Any]:
 
 
 def update(results: Sequence[Path], root: Path = Path()) -> None:
-    """Keep what the results say, and write the document's section anew.
+    """Keep what the results say, and write the document's sections anew.
 
     Raises:
         ValueError: a file is no such result, or the document has no such section.
     """
     for path in results:
-        found = summary(json.loads(path.read_text()))
-        (root / FOLDER / f"{found['subject']}.json").write_text(json.dumps(found, indent=1) + "\n")
-    sections.write(root / DOCUMENT, SECTION, markdown(kept(root)))
+        result = json.loads(path.read_text())
+        found = summary(result)
+        folder = GPU_FOLDER if "(sm_" in result["device"] else FOLDER
+        (root / folder / f"{found['subject']}.json").write_text(json.dumps(found, indent=1) + "\n")
+    for section, folder in ((SECTION, FOLDER), (GPU_SECTION, GPU_FOLDER)):
+        sections.write(root / DOCUMENT, section, markdown(kept(root / folder)))
 
 
-def kept(root: Path = Path()) -> list[Summary]:
-    """All that is kept, by name."""
-    return [json.loads(path.read_text()) for path in sorted((root / FOLDER).glob("*.json"))]
+def kept(folder: Path) -> list[Summary]:
+    """All that is kept in a folder, by name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
