@@ -246,13 +246,13 @@ def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: i
 
 def _num_stages(path: Path, is_float32: bool, block_d: int, arch: int) -> int:
     if is_float32:
-        return 2
+        return 3 if path == "prefill" and block_d == 128 else 2
     return 3 if path == "split" or (arch == 90 and block_d <= 128) else 2
 
 
 def _default_block_n(path: Path, is_decode: bool, is_float32: bool, block_d: int) -> int:
     if is_float32:
-        return 32 if path == "split" and 16 < block_d <= 128 else 16
+        return 32 if path == "split" and 16 < block_d < 128 else 16
     if block_d == 256 or (path == "split" and block_d == 16 and not is_decode):
         return 32
     return 128 if path == "split" and is_decode and block_d <= 64 else 64
