@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from hypothesis import given
 
+from properties import subjects
 from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
 from properties.transformations import shuffled
-from properties.variants import alone, permuted, roomy, with_an_idle_row, with_capacity
+from properties.variants import alone, beside_grown_splits, permuted, roomy, with_an_idle_row, with_capacity
+
+WITH_CACHE = ("attention_with_kv_cache",)
 
 
 @asks("bits across batches")
@@ -45,9 +48,24 @@ def test_permuting_rows_permutes_results(case: Case) -> None:
 
 
 @asks("cache", "bits across batches")
-@given(case=cases(ops=("attention_with_kv_cache",), runs=2, overflow=False))
+@given(case=cases(ops=WITH_CACHE, runs=2, overflow=False))
 def test_spare_capacity_changes_nothing(case: Case) -> None:
     case = roomy(case)
     spacious = with_capacity(case, max(case.capacity, case.cache_max_len) + 1 + case.seed)
 
     assert_same_outputs(run(spacious).outputs, run(case).outputs, "a cache with room to spare and without")
+
+
+@asks("bits across batches", "tiles")
+@given(
+    case=cases(ops=("attention_with_kv_cache",), min_rows=2, min_steps=3, several_splits=True, runs=8, overflow=False)
+)
+def test_a_row_alone_equals_itself_beside_longer_rows_of_fewer_splits(case: Case) -> None:
+    """Splits that may not become more grow, so a longer row may have fewer of them."""
+    case = beside_grown_splits(case)
+    for name, forced in subjects.active().paths.items():
+        subject = subjects.forced_to(subjects.active(), forced)
+        together = run(case, subject).outputs
+        for b in range(min(case.batch, 2)):
+            single = run(alone(case, b), subject).outputs
+            assert_same_outputs([got.rows(b) for got in together], single, f"{name}: row {b} in its batch and alone")

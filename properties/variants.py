@@ -225,6 +225,20 @@ def with_an_idle_row(case: Case) -> Case:
     return replace(case, rows=rows, steps=_steps_as_long(case, rows), patches=patches)
 
 
+def with_a_silent_row(case: Case) -> Case:
+    """One row brings no token to any call; what it has cached stays, and every q_len.
+
+    Of op "attention", which has no such rows, the case itself.
+    """
+    if not case.rows or case.op == "attention":
+        return case
+    b = case.seed % len(case.rows)
+    silent = replace(case.rows[b], new=(0,) * len(case.steps))
+    rows = (*case.rows[:b], silent, *case.rows[b + 1 :])
+    patches = tuple(patch for patch in case.patches if patch.row != b)
+    return replace(case, rows=rows, steps=_steps_as_long(case, rows), patches=patches)
+
+
 def with_one_key(case: Case) -> Case:
     """One call whose first row sees exactly one key: its own new token; of op "attention", every row."""
     case = finite(one_call(case))
@@ -409,3 +423,19 @@ def decoding(case: Case) -> Case:
         capacity=max(1, most, case.capacity),
         cache_max_len=max(1, most, case.cache_max_len),
     )
+
+
+def beside_grown_splits(case: Case) -> Case:
+    """One token a row and call; by turns rows that three splits of a tile hold to the last call, and rows they do not.
+
+    Of a case whose tiles are forced. Where splits become longer rather than more than three, the longer rows have two.
+    """
+    case = decoding(case)
+    if case.op == "attention" or case.block_n is None:
+        return case
+    full, calls = 3 * case.block_n, len(case.steps)
+    rows = tuple(
+        replace(row, cached=full + 1 + b if b % 2 else max(0, full + 1 - calls)) for b, row in enumerate(case.rows)
+    )
+    most = max((row.cached + calls for row in rows), default=1)
+    return replace(case, rows=rows, capacity=max(most, case.capacity), cache_max_len=max(most, case.cache_max_len))

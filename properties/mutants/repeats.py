@@ -107,7 +107,7 @@ MUTANTS = (
         "a repeated launch has the splits of the longest row, though whole tiles may leave a shorter one more",
         "decode steps of a ragged batch, splits that must grow, the longest row just past a multiple",
         (Edit(RELAUNCH, "self.plan.grid_splits(bound)", "self.plan.num_splits(bound)"),),
-        ("every_kernel_decodes_alike", *STEPS),
+        ("rows_of_fewer_splits", *STEPS),
     ),
     Mutant(
         "F217",

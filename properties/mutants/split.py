@@ -256,6 +256,6 @@ MUTANTS = (
                 "grid_splits = plan.num_splits(problem.max_cached)",
             ),
         ),
-        ("every_kernel_decodes_alike", *VALUES),
+        ("rows_of_fewer_splits", *VALUES),
     ),
 )
