@@ -49,9 +49,8 @@ MUTANTS = (
     ),
     _neutral(
         "N3",
-        "tiles are visited in reverse",
+        "the tiles of a split, and those with a mask, are visited in reverse",
         _reversed(SPLIT_KV, "start", "stop"),
-        _reversed(PRIMITIVES, "start", "full_stop"),
         _reversed(PRIMITIVES, "full_stop", "stop", "tl.range({}, {}, BLOCK_N, num_stages=STAGES)"),
     ),
     _neutral(
