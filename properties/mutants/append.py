@@ -151,7 +151,7 @@ MUTANTS = (
         "the returned length of an empty row is 1",
         "split path, seq_lens[b] + new_lens[b] == 0",
         (Edit(SPLIT_KV, _LENGTH, _LENGTH.replace("cached + num_queries,", "tl.maximum(cached + num_queries, 1),")),),
-        BYTES,
+        ("sees_no_key", *BYTES),
     ),
     Mutant(
         "F65",
