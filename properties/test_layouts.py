@@ -11,7 +11,7 @@ from properties.checking import assert_no_findings
 from properties.needs import asks
 from properties.runner import run
 from properties.strategies import cases
-from properties.variants import contiguous, decoding, one_call, with_a_full_tile
+from properties.variants import contiguous, decoding, in_short_chunks, one_call, with_a_full_tile
 
 
 @asks("bits across layouts")
@@ -52,8 +52,11 @@ def test_offsets_may_pass_two_to_the_31(case: Case) -> None:
 @asks("cache", "bits across layouts")
 @given(case=cases(max_steps=1, min_rows=1, runs=2))
 def test_nothing_past_the_end_of_a_tensor_is_read(case: Case) -> None:
-    """Not even what is thrown away: rows and columns of the last tile, tokens of the last slot; nor in decode steps."""
-    case = contiguous(one_call(decoding(case) if case.seed % 2 else case))
+    """Not even what is thrown away: rows and columns of the last tile, tokens of the last slot.
+
+    By the seed of a decode step, of a short chunk, or of what was drawn.
+    """
+    case = contiguous(one_call((case, decoding(case), in_short_chunks(case))[case.seed % 3]))
     walled = run(case, callers.before_inaccessible_memory(subjects.active()))
 
     assert_same_outputs(walled.outputs, run(case).outputs, "tensors at the end of memory and elsewhere")

@@ -17,8 +17,11 @@ from properties.variants import growing, limits_around, one_call, steady, then_a
 @asks("overflow")
 @given(case=cases(ops=("attention_with_kv_cache",), min_rows=2, runs=3))
 def test_a_row_fits_to_its_last_slot_and_not_one_further(case: Case) -> None:
-    """At the limit a row needs, one slot above and one below: refused whole or done whole, whichever row it is."""
-    for limited in limits_around(case):
+    """At the limit a row needs, one slot above and one below: refused whole or done whole, whichever row it is.
+
+    By the seed the calls are alike, so that the one that passes the limit looks like a call to repeat.
+    """
+    for limited in limits_around(steady(case) if case.seed % 2 else case):
         check_run(run(limited))
 
 
@@ -48,7 +51,7 @@ def test_growth_at_least_doubles_and_keeps_every_token(case: Case) -> None:
 
 
 @asks("cache in place", "bits across runs")
-@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, min_steps=2, runs=3, overflow=False))
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, min_steps=4, runs=3, overflow=False))
 def test_repeating_a_call_that_grows_the_buffers_changes_nothing(case: Case) -> None:
     """The old buffers and the new ones stay apart, though every call on them looks like the one before."""
     case = growing(steady(case))

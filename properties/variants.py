@@ -239,6 +239,12 @@ def with_a_silent_row(case: Case) -> Case:
     return replace(case, rows=rows, steps=_steps_as_long(case, rows), patches=patches)
 
 
+def in_short_chunks(case: Case) -> Case:
+    """At most four tokens a row and call, none padding."""
+    rows = tuple(replace(row, new=tuple(min(n, 4) for n in row.new)) for row in case.rows)
+    return replace(case, rows=rows, steps=tuple(replace(step, padding=0) for step in case.steps))
+
+
 def with_one_key(case: Case) -> Case:
     """One call whose first row sees exactly one key: its own new token; of op "attention", every row."""
     case = finite(one_call(case))

@@ -123,7 +123,7 @@ MUTANTS = (
         "the limit of a repeated launch is the larger of capacity and cache_max_len",
         "decode steps past the capacity",
         (Edit(WRAPPER, "slot_limit=min(capacity, cache_max_len)", "slot_limit=max(capacity, cache_max_len)"),),
-        STEPS,
+        ("fits_to_its_last_slot", "growth_at_least", *STEPS),
     ),
     Mutant(
         "F219",
