@@ -80,7 +80,7 @@ def test_one_split_for_all_keys_equals_no_split(case: Case) -> None:
 @asks("declared arithmetic", "tiles")
 @given(case=cases(min_rows=1, several_splits=True, families=("lattice",), runs=4, ops=WITH_CACHE, overflow=False))
 def test_every_kernel_decodes_alike_over_several_splits_on_the_lattice(case: Case) -> None:
-    """No split, one for each tile, as many as the kernel likes, or at most two: the same bits."""
+    """No split, one for each tile, as many as the kernel likes, or at most three: the same bits."""
     case = decoding(on_the_lattice(case))
     outputs = run(case).outputs
     subject = subjects.active()

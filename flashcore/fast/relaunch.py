@@ -157,15 +157,5 @@ class Relaunch:
             arguments[index[name]] = argument.data_ptr() if isinstance(argument, Tensor) else argument
         compiled = self.compiled
         stream = triton.runtime.driver.active.get_current_stream(self.device.index)
-        compiled.run(
-            programs,
-            self.row_tiles,
-            1,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *arguments,
-        )
+        grid = (programs, self.row_tiles, 1)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
