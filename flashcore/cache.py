@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,9 @@ from flashcore.fast import buffers
 
 if TYPE_CHECKING:
     from flashcore.fast.relaunch import Relaunch
+
+PLAIN = {bool, int, float, type(None)}
+"""Types of the options of a call that can be repeated: others may have no hash, or change."""
 
 
 class KVCache(tuple[Tensor, Tensor]):
@@ -26,15 +28,11 @@ class KVCache(tuple[Tensor, Tensor]):
         seq_lens: [batch] int32 on the device of the buffers: valid slots of each row.
         max_len: host-side upper bound of the longest row, or None when only the device knows (after a call
             recorded in a CUDA graph). It lets a call check capacity without synchronising.
-        fault: [2] int32 on the host, written by kernels: what ``check`` raises.
     """
 
     seq_lens: Tensor
     max_len: int | None
-    fault: Tensor
-    _fault_view: memoryview[int]
-    _arrivals: Tensor | None
-    _relaunches: dict[Hashable, Relaunch]
+    _lineage: _Lineage
 
     def __new__(
         cls,
@@ -57,11 +55,10 @@ class KVCache(tuple[Tensor, Tensor]):
         self = super().__new__(cls, (k_cache, v_cache))
         self.seq_lens = seq_lens
         self.max_len = max_len
-        self.fault = _new_fault(k_cache.device) if like is None else like.fault
         if like is not None and like[0] is k_cache and like[1] is v_cache:
-            self._fault_view, self._arrivals, self._relaunches = like._fault_view, like._arrivals, like._relaunches
+            self._lineage = like._lineage
         else:
-            self._fault_view, self._arrivals, self._relaunches = self.fault.numpy().data, None, {}
+            self._lineage = _Lineage(_new_fault(k_cache.device) if like is None else like.fault)
         return self
 
     @classmethod
@@ -75,42 +72,61 @@ class KVCache(tuple[Tensor, Tensor]):
         device: torch.device | str,
     ) -> KVCache:
         """An empty cache of ``capacity`` slots a row; the slots are uninitialised and never read before written."""
-        device = torch.device(device)
+        seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         shape = (batch, num_kv_heads, capacity, head_dim)
-        k_cache, v_cache = buffers.empty(shape, dtype, device), buffers.empty(shape, dtype, device)
-        return cls(k_cache, v_cache, torch.zeros(batch, dtype=torch.int32, device=device), max_len=0)
+        k_cache, v_cache = (buffers.empty(shape, dtype, seq_lens.device) for _ in range(2))
+        return cls(k_cache, v_cache, seq_lens, max_len=0)
 
     @property
     def capacity(self) -> int:
         """Slots of a row."""
         return int(self[0].shape[2])
 
+    @property
+    def fault(self) -> Tensor:
+        """[2] int32 on the host, written by kernels: what ``check`` raises."""
+        return self._lineage.fault
+
     def arrival_counters(self, count: int) -> Tensor:
         """At least ``count`` int32 counters for the split-KV kernel, zero before and after every launch."""
-        if self._arrivals is None or self._arrivals.numel() < count:
+        lineage = self._lineage
+        if lineage.arrivals is None or lineage.arrivals.numel() < count:
             counters = buffers.empty([count], torch.int32, self[0].device).zero_()
             if counters.is_cuda and torch.cuda.is_current_stream_capturing():
                 return counters  # zeroed by the graph at each replay, not yet now
-            self._arrivals = counters
-        return self._arrivals
+            lineage.arrivals = counters
+        return lineage.arrivals
 
     def appended(self, seq_lens: Tensor, max_len: int) -> KVCache:
         """The same buffers with the lengths after a call."""
-        return KVCache(self[0], self[1], seq_lens, max_len=max_len, like=self)
+        after = tuple.__new__(KVCache, self)
+        after.seq_lens = seq_lens
+        after.max_len = max_len
+        after._lineage = self._lineage
+        return after
 
-    def repeat(self, key: Hashable) -> Relaunch | None:
+    def repeat(self, call: tuple[Any, ...]) -> Relaunch | None:
         """The launch of an earlier call on these buffers with the same ``relaunch.key_of``."""
-        return self._relaunches.get(key)
+        lineage = self._lineage
+        last, relaunch = lineage.last
+        if call != last:  # cheaper than the hash of so much
+            relaunch = lineage.relaunches.get(call) if PLAIN.issuperset(call[0]) else None
+            if relaunch is not None:
+                lineage.last = call, relaunch
+        return relaunch
 
-    def remember(self, key: Hashable, relaunch: Relaunch) -> None:
+    def remember(self, call: tuple[Any, ...], relaunch: Relaunch) -> None:
         """Keep a launch for later calls; a handful, since each keeps its scratch."""
-        if len(self._relaunches) >= 8:
-            self._relaunches.clear()
-        self._relaunches[key] = relaunch
+        lineage = self._lineage
+        if PLAIN.issuperset(call[0]):
+            if len(lineage.relaunches) >= 8:
+                lineage.relaunches.clear()
+            lineage.relaunches[call] = relaunch
+            lineage.last = call, relaunch
 
     def has_fault(self) -> bool:
         """Whether the device has reported something for ``raise_known_faults`` to raise."""
-        return bool(self._fault_view[0] or self._fault_view[1])
+        return self._lineage.fault_view[0] != 0
 
     def check(self) -> None:
         """Wait for the device and raise what it found that the host could not check beforehand.
@@ -142,6 +158,26 @@ class KVCache(tuple[Tensor, Tensor]):
                 f"seq_lens[{bad_length - 1}] or new_lens[{bad_length - 1}] must lie inside the cache and q_len in a "
                 "call whose lengths could not be checked beforehand, got a value out of range; the row was not stored"
             )
+
+
+class _Lineage:
+    """What the caches over the same buffers share.
+
+    Attributes:
+        fault: [2] int32 on the host.
+        fault_view: the same memory as one int64, quicker to read.
+        arrivals: ``KVCache.arrival_counters``.
+        relaunches: launches to be repeated, by ``relaunch.key_of``.
+        last: the key and the launch that was repeated last.
+    """
+
+    def __init__(self, fault: Tensor) -> None:
+        """Nothing but the fault flag."""
+        self.fault = fault
+        self.fault_view = fault.numpy().data.cast("B").cast("q")
+        self.arrivals: Tensor | None = None
+        self.relaunches: dict[tuple[Any, ...], Relaunch] = {}
+        self.last: tuple[tuple[Any, ...] | None, Relaunch | None] = (None, None)
 
 
 def _new_fault(device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashcore.fast import tuning
+from flashcore.fast import launching, tuning
 from flashcore.fast.kernels.prefill import prefill_attention
 from flashcore.fast.kernels.split_kv import split_kv_attention
 
@@ -95,7 +95,14 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
         "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         "registers": registers, "spills": spills, "fused": compiled.asm["ptx"].count("fma.rn.f32"),
         "shared_bytes": compiled.metadata.shared,
+        "parameter_bytes": parameter_bytes(compiled.asm["ptx"]),
+        "launched_bytes": launching.parameter_bytes(signature.values()),
     }  # fmt: skip
+
+
+def parameter_bytes(ptx: str) -> list[int]:
+    """Bytes of a kernel's parameters, in order."""
+    return [int(bits) // 8 for bits in re.findall(r"^\s*\.param \.[a-z](\d+) ", ptx, re.MULTILINE)]
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:

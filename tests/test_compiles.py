@@ -75,6 +75,7 @@ def test_every_shipped_tile_compiles_without_spills_and_fits(arch: int) -> None:
         (kernel, dtype) for kernel in ("split", "prefill") for dtype in ("float16", "bfloat16", "float32")
     }
     assert spilled(results) + too_large(results) + contracted(results) == []
+    assert [r for r in results if r["parameter_bytes"] != r["launched_bytes"]] == []
 
 
 def test_a_spill_a_contraction_and_too_much_shared_memory_are_seen() -> None:

@@ -82,7 +82,7 @@ def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: p
         if result is not None:
             seen.add("repeated launch")
             assert past.max_len is not None
-            if self.plan.grid_splits(past.max_len) != self.arguments[self.index["grid_splits"]]:
+            if self.plan.grid_splits(past.max_len) != self.arguments[self.kernel.arg_names.index("grid_splits")]:
                 seen.add("launch repeated in another number of splits")
         return result
 

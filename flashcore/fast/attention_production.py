@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ class _Problem:
     seq_lens_out: Tensor | None = None  # given when the new tokens are to be appended
     slot_limit: int = 0
     owner: KVCache | None = None  # whose fault flag and counters the launch uses
-    call: Hashable = None  # under which the launch may be repeated for the owner
+    call: tuple[Any, ...] | None = None  # under which the launch may be repeated for the owner
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors that the kernels read by tiles."""
@@ -197,12 +196,12 @@ def attention_with_kv_cache(
         Within the budget derived in docs/numerics.md. A row's bits depend on that row alone: not on its
         neighbours in the batch, nor on spare capacity.
     """
-    call: Hashable = None
+    call: tuple[Any, ...] | None = None
     if type(past_key_value) is KVCache and seq_lens is None and new_lens is None and update_cache is True:
         options = (cache_max_len, block_m, block_n, scale, is_causal, num_query_heads, num_kv_heads, return_lse)
         if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
             call = relaunch.key_of(query, key, value, options)
-            earlier = None if call is None else past_key_value.repeat(call)
+            earlier = past_key_value.repeat(call)
             result = None if earlier is None else earlier(past_key_value, query, key, value)
             if result is not None:
                 return result

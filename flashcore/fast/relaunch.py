@@ -9,36 +9,35 @@ down the ordinary path, which raises or launches as the contract says.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
-from flashcore.fast import buffers, tuning
+from flashcore.fast import buffers, launching, tuning
 
 if TYPE_CHECKING:
     from flashcore.cache import KVCache
 
 
-PLAIN = {bool, int, float, type(None)}
+CHANGING = (
+    "max_cached", "grid_splits", "q_ptr", "k_new_ptr", "v_new_ptr", "seq_lens_ptr", "out_ptr", "seq_lens_out_ptr",
+)  # fmt: skip
+"""Arguments of the kernel that differ from step to step; "lse_ptr" besides, where one is asked for."""
+
+SCRATCH = ("partial_out_ptr", "partial_m_ptr", "partial_l_ptr", "arrivals_ptr")
 
 
-def key_of(query: Tensor, key: Tensor, value: Tensor, options: tuple[object, ...]) -> Hashable | None:
+def key_of(query: Tensor, key: Tensor, value: Tensor, options: tuple[object, ...]) -> tuple[Any, ...]:
     """What decides validation, plan and kernel of a call on given buffers; ``options`` are the other arguments.
 
-    None if an option is of a type that is an error anyway, and may have no hash. The types are part of the key: True
-    equals 1, and one of them is an error.
+    The types are part of the key, and come first: True equals 1, and one of them is an error.
     """
-    types = tuple(map(type, options))
-    if not PLAIN.issuperset(types):
-        return None
     return (
+        tuple(map(type, options)), options, tuning.generation(),
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        tuning.generation(), options, types,
     )  # fmt: skip
 
 
@@ -77,26 +76,25 @@ class Relaunch:
         """Keep what the launch consisted of; tensors as pointers where the launch is repeated directly."""
         self.kernel = kernel
         self.compiled = compiled
+        self.arguments = [a.data_ptr() if compiled is not None and isinstance(a, Tensor) else a for a in arguments]
         self.launch_options = launch_options
         self.plan = plan
         self.slot_limit = slot_limit
-        self.return_lse = return_lse
         self.device = query.device
         self.dtype = query.dtype
-        self.out_shape = query.shape
-        self.lse_shape = query.shape[:3]
-        self.lens_shape = cache.seq_lens.shape
+        self.out_shape = tuple(query.shape)
+        self.lse_shape = self.out_shape[:3] if return_lse else None
+        self.lens_shape = tuple(cache.seq_lens.shape)
         self.q_len = query.shape[2]
         self.cache_pointers = (cache[0].data_ptr(), cache[1].data_ptr())
-        self.index = {name: position for position, name in enumerate(kernel.arg_names)}
-        self.arguments = [a.data_ptr() if compiled is not None and isinstance(a, Tensor) else a for a in arguments]
         rows = [query.shape[0], cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
         rows[3] *= self.q_len
         self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
         self.splits_later = rows[2] > 1
-        self.partials: tuple[Tensor, ...] | None = None
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
+        self.scratch: list[Tensor] = []
+        self.launch: launching.Launch | None = None
 
     def __call__(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
@@ -105,18 +103,17 @@ class Relaunch:
         bound, lens = past.max_len, past.seq_lens
         if bound is None or bound + self.q_len > self.slot_limit or past.has_fault():
             return None
-        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), lens.data_ptr())
-        if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) % 16 or self.cache_pointers != (
-            past[0].data_ptr(), past[1].data_ptr(),
+        k_cache, v_cache = past
+        at_query, at_key, at_value, at_lens = query.data_ptr(), key.data_ptr(), value.data_ptr(), lens.data_ptr()
+        if (at_query | at_key | at_value | at_lens) % 16 or self.cache_pointers != (
+            k_cache.data_ptr(), v_cache.data_ptr(),
         ):  # fmt: skip
             return None
-        if not reads_lengths_of(lens) or lens.shape != self.lens_shape:
-            return None
-        if lens.device != self.device:
+        if not reads_lengths_of(lens) or lens.shape != self.lens_shape or lens.device != self.device:
             return None
         if torch.is_grad_enabled() and (
             query.requires_grad or key.requires_grad or value.requires_grad
-            or past[0].requires_grad or past[1].requires_grad
+            or k_cache.requires_grad or v_cache.requires_grad
         ):  # fmt: skip
             return None
         if self.compiled is not None and (
@@ -124,38 +121,36 @@ class Relaunch:
         ):
             return None
 
+        launch = self.launch or self._prepare(past)
         out = buffers.empty(self.out_shape, self.dtype, self.device)
-        lse = buffers.empty(self.lse_shape, torch.float32, self.device) if self.return_lse else None
         lens_out = buffers.empty(self.lens_shape, torch.int32, self.device)
-        named: dict[str, Tensor | int] = {
-            "out_ptr": out, "seq_lens_out_ptr": lens_out, "q_ptr": query, "k_new_ptr": key, "v_new_ptr": value,
-            "seq_lens_ptr": lens, "max_cached": bound,
-        }  # fmt: skip
-        if lse is not None:
-            named["lse_ptr"] = lse
-        grid_splits = self.plan.grid_splits(bound)
-        named["grid_splits"] = grid_splits
-        if self.splits_later and self.partials is None:
-            # Kept for later steps: two launches at once on one lineage would already race for the same slots.
-            self.partials = tuple(buffers.empty(s, torch.float32, self.device) for s in self.partial_shapes)
-        if grid_splits > 1 and self.partials is not None:
-            named["partial_out_ptr"], named["partial_m_ptr"], named["partial_l_ptr"] = self.partials
-            named["arrivals_ptr"] = past.arrival_counters(self.heads * self.row_tiles)
-        arguments = self.arguments.copy()
-        self._launch(grid_splits * self.heads, arguments, named)
+        splits = self.plan.grid_splits(bound) if self.splits_later else 1
+        lse = None
+        changed: list[Any]
+        if self.compiled is None:
+            changed = [bound, splits, query, key, value, lens, out, lens_out]
+        else:
+            changed = [bound, splits, at_query, at_key, at_value, at_lens, out.data_ptr(), lens_out.data_ptr()]
+        if self.lse_shape is not None:
+            lse = buffers.empty(self.lse_shape, torch.float32, self.device)
+            changed.append(lse if self.compiled is None else lse.data_ptr())
+        launch((splits * self.heads, self.row_tiles), changed)
         cache = past.appended(lens_out, bound + self.q_len)
         return (out, cache) if lse is None else (out, cache, lse)
 
-    def _launch(self, programs: int, arguments: list[Any], named: dict[str, Tensor | int]) -> None:
-        index = self.index
-        if self.compiled is None:
-            for name, argument in named.items():
-                arguments[index[name]] = argument
-            self.kernel[programs, self.row_tiles](*arguments, **self.launch_options)
-            return
-        for name, argument in named.items():
-            arguments[index[name]] = argument.data_ptr() if isinstance(argument, Tensor) else argument
-        compiled = self.compiled
-        stream = triton.runtime.driver.active.get_current_stream(self.device.index)
-        grid = (programs, self.row_tiles, 1)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    def _prepare(self, past: KVCache) -> launching.Launch:
+        """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.
+
+        All steps use the same: two launches at once on one lineage would already race for its slots.
+        """
+        names = self.kernel.arg_names
+        changing = [*CHANGING, "lse_ptr"] if self.lse_shape else CHANGING
+        if self.splits_later:
+            self.scratch = [buffers.empty(shape, torch.float32, self.device) for shape in self.partial_shapes]
+            self.scratch.append(past.arrival_counters(self.heads * self.row_tiles))
+            for name, tensor in zip(SCRATCH, self.scratch, strict=True):
+                self.arguments[names.index(name)] = tensor if self.compiled is None else tensor.data_ptr()
+        self.launch = launching.again(
+            self.kernel, self.compiled, self.arguments, self.launch_options, changing, self.device.index
+        )
+        return self.launch

@@ -41,14 +41,14 @@ MUTANTS = (
     _without_field("F207", "value.stride(), ", "", "the strides of the value", OTHERS),
     _without_field("F208", "query.stride(), query.dtype, ", "query.stride(), ", "the dtype of the query", REFUSED),
     _without_field("F209", "value.shape, ", "", "the shape of the value", REFUSED),
-    _without_field("F210", "options, types,", "options,", "the types of options", REFUSED),
-    _without_field("F211", "tuning.generation(), ", "", "a forced plan", ("another_kernel",)),
+    _without_field("F210", "tuple(map(type, options)), options", "(), options", "the types of options", REFUSED),
+    _without_field("F211", ", tuning.generation(),", ",", "a forced plan", ("another_kernel",)),
     Mutant(
         "F212",
         "STATE",
         "an input that requires grad is let through by a repeated launch",
         "one KVCache, a call like the one before",
-        (Edit(RELAUNCH, "query.requires_grad or key.requires_grad or value.requires_grad", "past[0].requires_grad"),),
+        (Edit(RELAUNCH, "query.requires_grad or key.requires_grad or value.requires_grad", "k_cache.requires_grad"),),
         REFUSED,
     ),
     Mutant(
@@ -144,7 +144,13 @@ MUTANTS = (
         "STATE",
         "arrival counters are as many as the first call needed",
         "one KVCache, calls of more row tiles",
-        (Edit(CACHE, "if self._arrivals is None or self._arrivals.numel() < count:", "if self._arrivals is None:"),),
+        (
+            Edit(
+                CACHE,
+                "if lineage.arrivals is None or lineage.arrivals.numel() < count:",
+                "if lineage.arrivals is None:",
+            ),
+        ),
         ("ragged_stream", *STEPS),
     ),
     Mutant(

@@ -97,7 +97,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch keeps the first one's bound of the lengths",
         "a KVCache's third decode step",
-        (Edit(RELAUNCH, '"seq_lens_ptr": lens, "max_cached": bound,', '"seq_lens_ptr": lens,'),),
+        (Edit(RELAUNCH, '"max_cached"', '"stride_new"'),),
         REPEATED,
     ),
     Mutant(
@@ -113,7 +113,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch keeps the first one's number of splits",
         "decode steps across a split's edge",
-        (Edit(RELAUNCH, '        named["grid_splits"] = grid_splits\n', ""),),
+        (Edit(RELAUNCH, '"grid_splits"', '"stride_new"'),),
         REPEATED,
     ),
     Mutant(
@@ -137,7 +137,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch reads the lengths of the first",
         "a KVCache's third decode step",
-        (Edit(RELAUNCH, '"seq_lens_ptr": lens, "max_cached"', '"max_cached"'),),
+        (Edit(RELAUNCH, '"seq_lens_ptr"', '"new_lens_ptr"'),),
         REPEATED,
     ),
     Mutant(
@@ -145,7 +145,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch adds the values of the first",
         "a KVCache's third decode step",
-        (Edit(RELAUNCH, '"k_new_ptr": key, "v_new_ptr": value,', '"k_new_ptr": key,'),),
+        (Edit(RELAUNCH, '"v_new_ptr"', '"new_lens_ptr"'),),
         REPEATED,
     ),
     Mutant(
@@ -179,7 +179,7 @@ MUTANTS = (
             Edit(CACHE, "if like is not None and like[0] is k_cache and like[1] is v_cache:", "if like is not None:"),
             Edit(
                 RELAUNCH,
-                "% 16 or self.cache_pointers != (\n            past[0].data_ptr(), past[1].data_ptr(),\n        ):",
+                "% 16 or self.cache_pointers != (\n            k_cache.data_ptr(), v_cache.data_ptr(),\n        ):",
                 "% 16:",
             ),
         ),

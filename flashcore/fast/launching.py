@@ -1,0 +1,172 @@
+"""Launching a kernel again with a few other arguments: in the interpreter, through Triton, or past it.
+
+Triton's launcher parses all arguments of a kernel at every launch, 2 us for some fifty of them. ``ThroughDriver`` keeps
+them parsed and calls the driver as that launcher does, where the driver confirms that the kernel takes what is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import triton
+
+Launch = Callable[[tuple[int, int], list[Any]], None]
+"""Takes the grid and the arguments that change: tensors in the interpreter, otherwise their addresses."""
+
+SCRATCH = 2
+"""Pointers that Triton appends to a kernel's parameters; null unless the kernel asks for such memory."""
+
+
+def again(
+    kernel: Any,
+    compiled: Any,
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+    changing: Sequence[str],
+    device: int | None,
+) -> Launch:
+    """The quickest way to repeat a launch.
+
+    Args:
+        kernel: the jit function.
+        compiled: what it launched, or None in the interpreter.
+        arguments: its positional arguments and constexprs, in the order of its signature; addresses instead of
+            tensors, except in the interpreter.
+        options: num_warps and the like.
+        changing: names of the arguments that each call gives, in this order.
+        device: index of the device, current at each call.
+    """
+    positions = [kernel.arg_names.index(name) for name in changing]
+    if compiled is None:
+        return Interpreted(kernel, arguments, options, positions)
+    through_triton = ThroughTriton(compiled, arguments, positions, device)
+    types = list(compiled.src.signature.values())
+    driver = _driver()
+    if driver is None or not _takes(driver, compiled, types):
+        return through_triton
+    return ThroughDriver(driver, types, through_triton)
+
+
+class Interpreted:
+    """Runs the kernel in Triton's interpreter."""
+
+    def __init__(self, kernel: Any, arguments: Sequence[Any], options: dict[str, Any], positions: list[int]) -> None:
+        """As ``again``."""
+        self.kernel, self.arguments, self.options, self.positions = kernel, arguments, options, positions
+
+    def __call__(self, grid: tuple[int, int], changed: list[Any]) -> None:
+        """Launch."""
+        self.kernel[grid](*_replaced(self.arguments, self.positions, changed), **self.options)
+
+
+class ThroughTriton:
+    """Launches a compiled kernel on the current stream, by Triton's launcher."""
+
+    def __init__(self, compiled: Any, arguments: Sequence[Any], positions: list[int], device: int | None) -> None:
+        """As ``again``."""
+        self.compiled, self.arguments, self.positions, self.device = compiled, arguments, positions, device
+        self.current_stream = triton.runtime.driver.active.get_current_stream
+
+    def __call__(self, grid: tuple[int, int], changed: list[Any]) -> None:
+        """Launch."""
+        compiled, stream = self.compiled, self.current_stream(self.device)
+        arguments = _replaced(self.arguments, self.positions, changed)
+        compiled.run(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _replaced(arguments: Sequence[Any], positions: list[int], changed: Sequence[Any]) -> list[Any]:
+    replaced = list(arguments)
+    for position, argument in zip(positions, changed, strict=True):
+        replaced[position] = argument
+    return replaced
+
+
+class _LaunchConfig(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+class ThroughDriver:
+    """Launches a compiled kernel on the current stream: a cell of 8 bytes an argument, those that change first."""
+
+    def __init__(self, driver: Any, types: list[str], through_triton: ThroughTriton) -> None:
+        """``types``: of the arguments, for the compiler."""
+        self.through_triton = through_triton
+        self.device, self.current_stream = through_triton.device, through_triton.current_stream
+        compiled, values = through_triton.compiled, through_triton.arguments
+        order = [*through_triton.positions, *(i for i in range(len(types)) if i not in through_triton.positions)]
+        order = [i for i in order if types[i] != "constexpr"]
+        bits = [struct.unpack("i", struct.pack("f", values[i]))[0] if types[i] == "fp32" else values[i] for i in order]
+        self.cells = (ctypes.c_uint64 * (len(order) + SCRATCH))(*bits)
+        places = [*sorted(range(len(order)), key=order.__getitem__), len(order), len(order) + 1]
+        at = ctypes.addressof(self.cells)
+        self.parameters = (ctypes.c_void_p * len(places))(*(at + ctypes.sizeof(ctypes.c_uint64) * p for p in places))
+        self.num_changing = len(through_triton.positions)
+        metadata = compiled.metadata
+        self.config = _LaunchConfig(
+            grid_z=1, block_x=32 * metadata.num_warps, block_y=1, block_z=1, shared=metadata.shared
+        )
+        self.config_pointer = ctypes.byref(self.config)
+        self.function = ctypes.c_void_p(compiled.function)
+        self.launch = driver.cuLaunchKernelEx
+        self.lock = threading.Lock()
+
+    def __call__(self, grid: tuple[int, int], changed: list[Any]) -> None:
+        """Launch; Triton's launcher tries again what the driver refuses, and says why."""
+        stream, config = self.current_stream(self.device), self.config
+        with self.lock:
+            self.cells[: self.num_changing] = changed
+            config.grid_x, config.grid_y = grid
+            config.stream = stream
+            refused = self.launch(self.config_pointer, self.function, self.parameters, None)
+        if refused:
+            self.through_triton(grid, changed)
+
+
+@functools.cache
+def _driver() -> Any:
+    """The CUDA driver's library, or None where it cannot be loaded."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _takes(driver: Any, compiled: Any, types: list[str]) -> bool:
+    """Whether the driver confirms that a kernel takes arguments of these types and two pointers to scratch.
+
+    Only plain launches count: no clusters, no dependent launches, no scratch from Triton.
+    """
+    metadata = compiled.metadata
+    special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
+        return False
+    offset, size, found = ctypes.c_size_t(), ctypes.c_size_t(), []
+    try:
+        for index in itertools.count():
+            function = ctypes.c_void_p(compiled.function)
+            asked = function, ctypes.c_size_t(index), ctypes.byref(offset), ctypes.byref(size)
+            if driver.cuFuncGetParamInfo(*asked):
+                break
+            found.append(size.value)
+    except AttributeError:  # a driver older than the question
+        return False
+    return found == parameter_bytes(types)
+
+
+def parameter_bytes(types: Iterable[str]) -> list[int]:
+    """Bytes of the parameters of a kernel compiled for arguments of these types; 0 for types unknown here."""
+    bytes_of = {"i32": 4, "i64": 8, "fp32": 4}
+    return [8 if t.startswith("*") else bytes_of.get(t, 0) for t in types if t != "constexpr"] + [8] * SCRATCH
