@@ -28,7 +28,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 @functools.lru_cache(maxsize=256)
 def _model(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of that shape that holds no memory of its own."""
-    return unused(dtype, device).expand(shape)
+    return unused(dtype, device).view(()).expand(shape)
 
 
 @functools.cache
