@@ -58,7 +58,7 @@ class KVCache(tuple[Tensor, Tensor]):
         if like is not None and like[0] is k_cache and like[1] is v_cache:
             self._lineage = like._lineage
         else:
-            self._lineage = _Lineage(_new_fault(k_cache.device) if like is None else like.fault)
+            self._lineage = _Lineage((k_cache, v_cache), _new_fault(k_cache.device) if like is None else like.fault)
         return self
 
     @classmethod
@@ -99,10 +99,11 @@ class KVCache(tuple[Tensor, Tensor]):
 
     def appended(self, seq_lens: Tensor, max_len: int) -> KVCache:
         """The same buffers with the lengths after a call."""
-        after = tuple.__new__(KVCache, self)
+        lineage = self._lineage
+        after = tuple.__new__(KVCache, lineage.buffers)
         after.seq_lens = seq_lens
         after.max_len = max_len
-        after._lineage = self._lineage
+        after._lineage = lineage
         return after
 
     def repeat(self, call: tuple[Any, ...]) -> Relaunch | None:
@@ -164,6 +165,7 @@ class _Lineage:
     """What the caches over the same buffers share.
 
     Attributes:
+        buffers: keys and values.
         fault: [2] int32 on the host.
         fault_view: the same memory as one int64, quicker to read.
         arrivals: ``KVCache.arrival_counters``.
@@ -171,8 +173,9 @@ class _Lineage:
         last: the key and the launch that was repeated last.
     """
 
-    def __init__(self, fault: Tensor) -> None:
-        """Nothing but the fault flag."""
+    def __init__(self, buffers: tuple[Tensor, Tensor], fault: Tensor) -> None:
+        """Nothing but the buffers and the fault flag."""
+        self.buffers = buffers
         self.fault = fault
         self.fault_view = fault.numpy().data.cast("B").cast("q")
         self.arrivals: Tensor | None = None

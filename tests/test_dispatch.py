@@ -75,7 +75,7 @@ def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: p
         kernel = getattr(attention_production, name)
         monkeypatch.setattr(attention_production, name, Spy(path, seen, kernel.arg_names))
 
-    repeat = Relaunch.__call__
+    repeat = Relaunch.again
 
     def repeated(self: Relaunch, past: KVCache, *new: torch.Tensor) -> Any:
         result = repeat(self, past, *new)
@@ -86,7 +86,7 @@ def test_every_branch_of_the_dispatch_is_taken_by_one_case_in_200(monkeypatch: p
                 seen.add("launch repeated in another number of splits")
         return result
 
-    monkeypatch.setattr(Relaunch, "__call__", repeated)
+    monkeypatch.setattr(Relaunch, "again", repeated)
 
     @settings(max_examples=1000, database=None, deadline=None, derandomize=True)
     @given(cases(size="small"))

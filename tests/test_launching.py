@@ -65,13 +65,13 @@ class Triton:
         self.calls.append(arguments)
 
 
-def again(monkeypatch: pytest.MonkeyPatch, compiled: Triton, driver: Driver | None) -> launching.Launch:
-    """The launch, with "bound" and "out_ptr" changing."""
+def repeated(monkeypatch: pytest.MonkeyPatch, compiled: Triton, driver: Driver | None) -> launching.Launch:
+    """The launch of two row tiles, with "bound" and "out_ptr" changing."""
     active = SimpleNamespace(get_current_stream=lambda device: STREAM + device)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     monkeypatch.setattr(launching, "_driver", lambda: driver)
     kernel = SimpleNamespace(arg_names=NAMES)
-    return launching.again(kernel, compiled, ARGUMENTS, {}, ["bound", "out_ptr"], 3)
+    return launching.repeated(kernel, compiled, ARGUMENTS, {}, ["bound", "out_ptr"], 2, 3)
 
 
 THROUGH_TRITON = (6, 2, 1, STREAM + 3, FUNCTION, (4, 1, 4096), None, None, None, 1 << 41, 0.125, 8, *ARGUMENTS[3:])
@@ -79,10 +79,10 @@ THROUGH_TRITON = (6, 2, 1, STREAM + 3, FUNCTION, (4, 1, 4096), None, None, None,
 
 def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, driver = Triton(), Driver(TAKEN)
-    launch = again(monkeypatch, compiled, driver)
+    launch = repeated(monkeypatch, compiled, driver)
 
-    launch((5, 1), [9, 1 << 42])
-    launch((6, 2), [8, 1 << 41])
+    launch.again(5, [9, 1 << 42])
+    launch.again(6, [8, 1 << 41])
 
     assert driver.config == (6, 2, 1, 128, 1, 1, 4096, STREAM + 3, 0, 0)
     assert driver.parameters == [1 << 41, 0.125, 8, -(1 << 40), -3, 0, 0]
@@ -92,7 +92,7 @@ def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: p
 def test_triton_launches_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, driver = Triton(), Driver(TAKEN, status=201)
 
-    again(monkeypatch, compiled, driver)((6, 2), [8, 1 << 41])
+    repeated(monkeypatch, compiled, driver).again(6, [8, 1 << 41])
 
     assert (driver.launches, compiled.calls) == (1, [THROUGH_TRITON])
 
@@ -116,6 +116,6 @@ def test_triton_launches_what_is_not_known_to_the_driver_as_it_is_kept(
 ) -> None:
     compiled = Triton(**metadata)
 
-    again(monkeypatch, compiled, driver)((6, 2), [8, 1 << 41])
+    repeated(monkeypatch, compiled, driver).again(6, [8, 1 << 41])
 
     assert compiled.calls == [THROUGH_TRITON]

@@ -202,7 +202,7 @@ def attention_with_kv_cache(
         if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
             call = relaunch.key_of(query, key, value, options)
             earlier = past_key_value.repeat(call)
-            result = None if earlier is None else earlier(past_key_value, query, key, value)
+            result = None if earlier is None else earlier.again(past_key_value, query, key, value)
             if result is not None:
                 return result
 

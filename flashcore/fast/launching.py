@@ -11,24 +11,29 @@ import functools
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import triton
-
-Launch = Callable[[tuple[int, int], list[Any]], None]
-"""Takes the grid and the arguments that change: tensors in the interpreter, otherwise their addresses."""
 
 SCRATCH = 2
 """Pointers that Triton appends to a kernel's parameters; null unless the kernel asks for such memory."""
 
 
-def again(
+class Launch(Protocol):
+    """A launch that can be repeated."""
+
+    def again(self, programs: int, changed: list[Any]) -> None:
+        """Launch so many times ``row_tiles`` programs, with these arguments instead of the first launch's."""
+
+
+def repeated(
     kernel: Any,
     compiled: Any,
     arguments: Sequence[Any],
     options: dict[str, Any],
     changing: Sequence[str],
+    row_tiles: int,
     device: int | None,
 ) -> Launch:
     """The quickest way to repeat a launch.
@@ -39,13 +44,14 @@ def again(
         arguments: its positional arguments and constexprs, in the order of its signature; addresses instead of
             tensors, except in the interpreter.
         options: num_warps and the like.
-        changing: names of the arguments that each call gives, in this order.
-        device: index of the device, current at each call.
+        changing: names of the arguments that each launch gives, in this order, as ``arguments`` holds them.
+        row_tiles: second dimension of the grid.
+        device: index of the device, current at each launch.
     """
     positions = [kernel.arg_names.index(name) for name in changing]
     if compiled is None:
-        return Interpreted(kernel, arguments, options, positions)
-    through_triton = ThroughTriton(compiled, arguments, positions, device)
+        return Interpreted(kernel, arguments, options, positions, row_tiles)
+    through_triton = ThroughTriton(compiled, arguments, positions, row_tiles, device)
     types = list(compiled.src.signature.values())
     driver = _driver()
     if driver is None or not _takes(driver, compiled, types):
@@ -56,28 +62,37 @@ def again(
 class Interpreted:
     """Runs the kernel in Triton's interpreter."""
 
-    def __init__(self, kernel: Any, arguments: Sequence[Any], options: dict[str, Any], positions: list[int]) -> None:
-        """As ``again``."""
-        self.kernel, self.arguments, self.options, self.positions = kernel, arguments, options, positions
+    def __init__(
+        self, kernel: Any, arguments: Sequence[Any], options: dict[str, Any], positions: list[int], row_tiles: int
+    ) -> None:
+        """As ``repeated``; ``positions`` of what changes."""
+        self.kernel, self.arguments, self.options = kernel, arguments, options
+        self.positions, self.row_tiles = positions, row_tiles
 
-    def __call__(self, grid: tuple[int, int], changed: list[Any]) -> None:
+    def again(self, programs: int, changed: list[Any]) -> None:
         """Launch."""
-        self.kernel[grid](*_replaced(self.arguments, self.positions, changed), **self.options)
+        self.kernel[programs, self.row_tiles](*_replaced(self.arguments, self.positions, changed), **self.options)
 
 
 class ThroughTriton:
     """Launches a compiled kernel on the current stream, by Triton's launcher."""
 
-    def __init__(self, compiled: Any, arguments: Sequence[Any], positions: list[int], device: int | None) -> None:
-        """As ``again``."""
-        self.compiled, self.arguments, self.positions, self.device = compiled, arguments, positions, device
+    def __init__(
+        self, compiled: Any, arguments: Sequence[Any], positions: list[int], row_tiles: int, device: int | None
+    ) -> None:
+        """As ``repeated``; ``positions`` of what changes."""
+        self.compiled, self.arguments, self.positions = compiled, arguments, positions
+        self.row_tiles, self.device = row_tiles, device
         self.current_stream = triton.runtime.driver.active.get_current_stream
 
-    def __call__(self, grid: tuple[int, int], changed: list[Any]) -> None:
+    def again(self, programs: int, changed: list[Any]) -> None:
         """Launch."""
         compiled, stream = self.compiled, self.current_stream(self.device)
         arguments = _replaced(self.arguments, self.positions, changed)
-        compiled.run(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        compiled.run(
+            programs, self.row_tiles, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *arguments,
+        )  # fmt: skip
 
 
 def _replaced(arguments: Sequence[Any], positions: list[int], changed: Sequence[Any]) -> list[Any]:
@@ -116,23 +131,25 @@ class ThroughDriver:
         self.num_changing = len(through_triton.positions)
         metadata = compiled.metadata
         self.config = _LaunchConfig(
-            grid_z=1, block_x=32 * metadata.num_warps, block_y=1, block_z=1, shared=metadata.shared
-        )
+            grid_y=through_triton.row_tiles, grid_z=1,
+            block_x=32 * metadata.num_warps, block_y=1, block_z=1,
+            shared=metadata.shared,
+        )  # fmt: skip
         self.config_pointer = ctypes.byref(self.config)
         self.function = ctypes.c_void_p(compiled.function)
         self.launch = driver.cuLaunchKernelEx
         self.lock = threading.Lock()
 
-    def __call__(self, grid: tuple[int, int], changed: list[Any]) -> None:
+    def again(self, programs: int, changed: list[Any]) -> None:
         """Launch; Triton's launcher tries again what the driver refuses, and says why."""
         stream, config = self.current_stream(self.device), self.config
         with self.lock:
             self.cells[: self.num_changing] = changed
-            config.grid_x, config.grid_y = grid
+            config.grid_x = programs
             config.stream = stream
             refused = self.launch(self.config_pointer, self.function, self.parameters, None)
         if refused:
-            self.through_triton(grid, changed)
+            self.through_triton.again(programs, changed)
 
 
 @functools.cache

@@ -96,7 +96,7 @@ class Relaunch:
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
 
-    def __call__(
+    def again(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, KVCache] | tuple[Tensor, KVCache, Tensor] | None:
         """Repeat the launch for these tensors, or return None if the ordinary path has to look at the call."""
@@ -134,7 +134,7 @@ class Relaunch:
         if self.lse_shape is not None:
             lse = buffers.empty(self.lse_shape, torch.float32, self.device)
             changed.append(lse if self.compiled is None else lse.data_ptr())
-        launch((splits * self.heads, self.row_tiles), changed)
+        launch.again(splits * self.heads, changed)
         cache = past.appended(lens_out, bound + self.q_len)
         return (out, cache) if lse is None else (out, cache, lse)
 
@@ -150,7 +150,7 @@ class Relaunch:
             self.scratch.append(past.arrival_counters(self.heads * self.row_tiles))
             for name, tensor in zip(SCRATCH, self.scratch, strict=True):
                 self.arguments[names.index(name)] = tensor if self.compiled is None else tensor.data_ptr()
-        self.launch = launching.again(
-            self.kernel, self.compiled, self.arguments, self.launch_options, changing, self.device.index
+        self.launch = launching.repeated(
+            self.kernel, self.compiled, self.arguments, self.launch_options, changing, self.row_tiles, self.device.index
         )
         return self.launch
