@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from flashcore.errors import CacheOverflowError
-from flashcore.fast import buffers
+from flashcore.fast import buffers, relaunch
 
 if TYPE_CHECKING:
-    from flashcore.fast.relaunch import Relaunch
-
-PLAIN = {bool, int, float, type(None)}
-"""Types of the options of a call that can be repeated: others may have no hash, or change."""
+    from flashcore.fast.relaunch import Call, Relaunch
 
 
 class KVCache(tuple[Tensor, Tensor]):
@@ -106,24 +103,18 @@ class KVCache(tuple[Tensor, Tensor]):
         after._lineage = lineage
         return after
 
-    def repeat(self, call: tuple[Any, ...]) -> Relaunch | None:
-        """The launch of an earlier call on these buffers with the same ``relaunch.key_of``."""
-        lineage = self._lineage
-        last, relaunch = lineage.last
-        if call != last:  # cheaper than the hash of so much
-            relaunch = lineage.relaunches.get(call) if PLAIN.issuperset(call[0]) else None
-            if relaunch is not None:
-                lineage.last = call, relaunch
-        return relaunch
+    def repeat(self, query: object, key: object, value: object, options: tuple[Any, ...]) -> Relaunch | None:
+        """The launch of an earlier call on these buffers with such tensors and these options."""
+        wanted = relaunch.key_of(options)
+        for call, again in self._lineage.relaunches:
+            if call.options == wanted and call.are_alike(query, key, value, self.seq_lens):
+                return again
+        return None
 
-    def remember(self, call: tuple[Any, ...], relaunch: Relaunch) -> None:
+    def remember(self, call: Call, again: Relaunch) -> None:
         """Keep a launch for later calls; a handful, since each keeps its scratch."""
-        lineage = self._lineage
-        if PLAIN.issuperset(call[0]):
-            if len(lineage.relaunches) >= 8:
-                lineage.relaunches.clear()
-            lineage.relaunches[call] = relaunch
-            lineage.last = call, relaunch
+        if call.may_be_repeated:
+            self._lineage.relaunches = [(call, again), *self._lineage.relaunches[:7]]
 
     def has_fault(self) -> bool:
         """Whether the device has reported something for ``raise_known_faults`` to raise."""
@@ -169,8 +160,7 @@ class _Lineage:
         fault: [2] int32 on the host.
         fault_view: the same memory as one int64, quicker to read.
         arrivals: ``KVCache.arrival_counters``.
-        relaunches: launches to be repeated, by ``relaunch.key_of``.
-        last: the key and the launch that was repeated last.
+        relaunches: launches to be repeated, the latest first.
     """
 
     def __init__(self, buffers: tuple[Tensor, Tensor], fault: Tensor) -> None:
@@ -179,8 +169,7 @@ class _Lineage:
         self.fault = fault
         self.fault_view = fault.numpy().data.cast("B").cast("q")
         self.arrivals: Tensor | None = None
-        self.relaunches: dict[tuple[Any, ...], Relaunch] = {}
-        self.last: tuple[tuple[Any, ...] | None, Relaunch | None] = (None, None)
+        self.relaunches: list[tuple[Call, Relaunch]] = []
 
 
 def _new_fault(device: torch.device) -> Tensor:

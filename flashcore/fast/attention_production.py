@@ -49,7 +49,7 @@ class _Problem:
     seq_lens_out: Tensor | None = None  # given when the new tokens are to be appended
     slot_limit: int = 0
     owner: KVCache | None = None  # whose fault flag and counters the launch uses
-    call: tuple[Any, ...] | None = None  # under which the launch may be repeated for the owner
+    call: relaunch.Call | None = None  # under which the launch may be repeated for the owner
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors that the kernels read by tiles."""
@@ -196,15 +196,14 @@ def attention_with_kv_cache(
         Within the budget derived in docs/numerics.md. A row's bits depend on that row alone: not on its
         neighbours in the batch, nor on spare capacity.
     """
-    call: tuple[Any, ...] | None = None
+    options = (cache_max_len, block_m, block_n, scale, is_causal, num_query_heads, num_kv_heads, return_lse)
+    may_repeat = False
     if type(past_key_value) is KVCache and seq_lens is None and new_lens is None and update_cache is True:
-        options = (cache_max_len, block_m, block_n, scale, is_causal, num_query_heads, num_kv_heads, return_lse)
-        if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
-            call = relaunch.key_of(query, key, value, options)
-            earlier = past_key_value.repeat(call)
-            result = None if earlier is None else earlier.again(past_key_value, query, key, value)
-            if result is not None:
-                return result
+        earlier = past_key_value.repeat(query, key, value, options)
+        result = None if earlier is None else earlier.again(past_key_value, query, key, value)
+        if result is not None:
+            return result
+        may_repeat = earlier is None
 
     group_size = _check_new_tokens(query, key, value, num_query_heads, num_kv_heads)
     batch, _, q_len, head_dim = query.shape
@@ -259,7 +258,9 @@ def attention_with_kv_cache(
         seq_lens_out=seq_lens_out,
         slot_limit=min(capacity, cache_max_len),
         owner=owner,
-        call=None if lengths.bound is None else call,
+        call=relaunch.Call(query, key, value, lengths.seq_lens, options)
+        if may_repeat and lengths.bound is not None and lengths.seq_lens is not None
+        else None,
     )
     plan = tuning.plan(
         q_len=q_len,
@@ -526,7 +527,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
     compiled = split_kv_attention[grid_splits * num_kv_heads * batch, row_tiles](*arguments, **options)
-    if problem.call is not None and problem.owner is not None and relaunch.reads_lengths_of(problem.seq_lens):
+    if problem.call is not None and problem.owner is not None:
         again = relaunch.Relaunch(
             split_kv_attention, compiled, arguments, options, plan, problem.owner, query,
             problem.slot_limit, lse is not None,

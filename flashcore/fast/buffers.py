@@ -8,6 +8,7 @@ of bounds, which a plain ``torch.empty`` hides.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,8 +28,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 @functools.lru_cache(maxsize=256)
 def _model(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of that shape that holds no memory of its own."""
-    return unused(dtype, device).view(()).expand(shape)
+    """A tensor of that shape that holds one element, or none."""
+    if math.prod(shape) < 2:  # the strides of such a tensor would be copied
+        return torch.empty(shape, dtype=dtype, device=device)
+    return unused(dtype, device).expand(shape)
 
 
 @functools.cache

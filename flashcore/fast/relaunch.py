@@ -9,6 +9,7 @@ down the ordinary path, which raises or launches as the contract says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,22 +29,55 @@ CHANGING = (
 SCRATCH = ("partial_out_ptr", "partial_m_ptr", "partial_l_ptr", "arrivals_ptr")
 
 
-def key_of(query: Tensor, key: Tensor, value: Tensor, options: tuple[object, ...]) -> tuple[Any, ...]:
-    """What decides validation, plan and kernel of a call on given buffers; ``options`` are the other arguments.
+PLAIN = {bool, int, float, type(None)}
+"""Types of the options of a call that may be repeated: others may have changed since."""
 
-    The types are part of the key, and come first: True equals 1, and one of them is an error.
+
+class Call:
+    """What decides validation, plan and kernel of a call on given buffers.
+
+    Attributes:
+        options: of the call, as ``key_of`` has them.
+        are_alike: whether four tensors are like its query, key, value and lengths.
+        may_be_repeated: whether there is nothing about it that the ordinary path has to look at every time.
     """
-    return (
-        tuple(map(type, options)), options, tuning.generation(),
-        query.shape, query.stride(), query.dtype, query.device,
-        key.shape, key.stride(), key.dtype, key.device,
-        value.shape, value.stride(), value.dtype, value.device,
-    )  # fmt: skip
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, seq_lens: Tensor, options: tuple[object, ...]
+    ) -> None:
+        """``options``: the arguments besides the tensors."""
+        self.options = key_of(options)
+        self.are_alike = likeness(query, key, value, seq_lens)
+        self.may_be_repeated = PLAIN.issuperset(self.options[0]) and not (
+            query.requires_grad or key.requires_grad or value.requires_grad
+        )
 
 
-def reads_lengths_of(seq_lens: Tensor | None) -> bool:
-    """Whether a launch that read these lengths reads those of a returned cache, too: as int32, one after the other."""
-    return seq_lens is not None and seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
+def key_of(options: tuple[object, ...]) -> tuple[Any, ...]:
+    """What tells the options of a call from others.
+
+    The types are part of it, and come first: True equals 1, and one of them is an error.
+    """
+    return tuple(map(type, options)), options, tuning.generation()
+
+
+def likeness(*tensors: Tensor) -> Callable[..., bool]:
+    """A function that says of as many objects whether they are tensors like these.
+
+    They are if they have the same type, shape, strides, dtype and device, and require grad or do not.
+    """
+    try:  # torch.compile's own, and a quarter of the time of asking for the attributes one by one
+        from torch._C._dynamo.guards import TensorGuards
+    except ImportError:
+        attributes = [_attributes(tensor) for tensor in tensors]
+        return lambda *others: [_attributes(other) for other in others] == attributes
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def _attributes(tensor: object) -> tuple[object, ...]:
+    if not isinstance(tensor, Tensor):
+        return ()
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class Relaunch:
@@ -99,7 +133,7 @@ class Relaunch:
     def again(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, KVCache] | tuple[Tensor, KVCache, Tensor] | None:
-        """Repeat the launch for these tensors, or return None if the ordinary path has to look at the call."""
+        """Repeat the launch for a call that is like it, or return None if the ordinary path has to look at it."""
         bound, lens = past.max_len, past.seq_lens
         if bound is None or bound + self.q_len > self.slot_limit or past.has_fault():
             return None
@@ -109,12 +143,7 @@ class Relaunch:
             k_cache.data_ptr(), v_cache.data_ptr(),
         ):  # fmt: skip
             return None
-        if not reads_lengths_of(lens) or lens.shape != self.lens_shape or lens.device != self.device:
-            return None
-        if torch.is_grad_enabled() and (
-            query.requires_grad or key.requires_grad or value.requires_grad
-            or k_cache.requires_grad or v_cache.requires_grad
-        ):  # fmt: skip
+        if torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad):
             return None
         if self.compiled is not None and (
             torch.cuda.is_current_stream_capturing() or torch.cuda.current_device() != self.device.index

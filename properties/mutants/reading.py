@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, TUNING, VALIDATION, WRAPPER, Edit, Mutant
+from properties.mutants.mutant import (
+    CACHE,
+    PREFILL,
+    PRIMITIVES,
+    RELAUNCH,
+    SPLIT_KV,
+    TUNING,
+    VALIDATION,
+    WRAPPER,
+    Edit,
+    Mutant,
+)
 
 REFUSED = ("must_be_refused",)
 ATTENTION_REFUSED = ("cache_refuses",)
@@ -42,14 +53,19 @@ MUTANTS = (
         "tl.cdiv(tl.cdiv(cached, wanted), BLOCK_N), 1) + BLOCK_N",
         ("every_kernel_decodes_alike",),
     ),
-    _fault(
+    Mutant(
         "F337",
         "STATE",
         "a launch that read strided lengths is repeated for those of the returned cache",
         "a KVCache made from every second element of a larger tensor, two calls",
-        WRAPPER,
-        " and relaunch.reads_lengths_of(problem.seq_lens):",
-        ":",
+        (
+            Edit(CACHE, "value, self.seq_lens)", "value, self.seq_lens.int().contiguous())"),
+            Edit(
+                RELAUNCH,
+                "likeness(query, key, value, seq_lens)",
+                "likeness(query, key, value, seq_lens.int().contiguous())",
+            ),
+        ),
         ("how_a_cache_holds",),
     ),
     _fault(

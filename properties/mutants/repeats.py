@@ -24,8 +24,19 @@ def _without_option(id_: str, name: str, laws: tuple[str, ...]) -> Mutant:
     )
 
 
-def _without_field(id_: str, anchor: str, kept: str, what: str, laws: tuple[str, ...]) -> Mutant:
-    """A property of a tensor does not tell one call from another."""
+def _blind_to(id_: str, what: str, tensor: str, seen: str, laws: tuple[str, ...]) -> Mutant:
+    """A property of a tensor does not tell one call from another: ``seen`` is compared instead of it."""
+    change = f"calls that differ in {what} alone count as the same call"
+    instead = "(" + ", ".join(seen if name == tensor else name for name in ("query", "key", "value"))
+    edits = (
+        Edit(CACHE, "are_alike(query, key, value", "are_alike" + instead),
+        Edit(RELAUNCH, "likeness(query, key, value", "likeness" + instead),
+    )
+    return Mutant(id_, "STATE", change, "one KVCache, two calls", edits, laws)
+
+
+def _without(id_: str, what: str, anchor: str, kept: str, laws: tuple[str, ...]) -> Mutant:
+    """Something besides does not tell one call from another."""
     change = f"calls that differ in {what} alone count as the same call"
     return Mutant(id_, "STATE", change, "one KVCache, two calls", (Edit(RELAUNCH, anchor, kept),), laws)
 
@@ -37,20 +48,13 @@ MUTANTS = (
     _without_option("F203", "block_n", OTHERS),
     _without_option("F204", "cache_max_len", REFUSED),
     _without_option("F205", "num_kv_heads", REFUSED),
-    _without_field("F206", "key.stride(), ", "", "the strides of the key", OTHERS),
-    _without_field("F207", "value.stride(), ", "", "the strides of the value", OTHERS),
-    _without_field("F208", "query.stride(), query.dtype, ", "query.stride(), ", "the dtype of the query", REFUSED),
-    _without_field("F209", "value.shape, ", "", "the shape of the value", REFUSED),
-    _without_field("F210", "tuple(map(type, options)), options", "(), options", "the types of options", REFUSED),
-    _without_field("F211", ", tuning.generation(),", ",", "a forced plan", ("another_kernel",)),
-    Mutant(
-        "F212",
-        "STATE",
-        "an input that requires grad is let through by a repeated launch",
-        "one KVCache, a call like the one before",
-        (Edit(RELAUNCH, "query.requires_grad or key.requires_grad or value.requires_grad", "k_cache.requires_grad"),),
-        REFUSED,
-    ),
+    _blind_to("F206", "the strides of the key", "key", "key.contiguous()", OTHERS),
+    _blind_to("F207", "the strides of the value", "value", "value.contiguous()", OTHERS),
+    _blind_to("F208", "the dtype of the query", "query", "query.to(key.dtype)", REFUSED),
+    _blind_to("F209", "the shape of the value", "value", "key", REFUSED),
+    _without("F210", "the types of options", "tuple(map(type, options)), options", "(), options", REFUSED),
+    _without("F211", "a forced plan", ", options, tuning.generation()", ", options", ("another_kernel",)),
+    _blind_to("F212", "whether the query requires grad", "query", "query.detach()", REFUSED),
     Mutant(
         "F213",
         "STATE",

@@ -156,8 +156,13 @@ MUTANTS = (
         (
             Edit(
                 WRAPPER,
-                "relaunch.key_of(query, key, value, options)",
-                "relaunch.key_of(query, key, value, (return_lse,))",
+                "past_key_value.repeat(query, key, value, options)",
+                "past_key_value.repeat(query, key, value, (return_lse,))",
+            ),
+            Edit(
+                WRAPPER,
+                "relaunch.Call(query, key, value, lengths.seq_lens, options)",
+                "relaunch.Call(query, key, value, lengths.seq_lens, (return_lse,))",
             ),
         ),
         ("other_options",),
@@ -167,7 +172,10 @@ MUTANTS = (
         "STATE",
         "calls that differ in the strides of the query alone count as the same call",
         "one KVCache, two layouts",
-        (Edit(RELAUNCH, "query.shape, query.stride(), query.dtype", "query.shape, query.dtype"),),
+        (
+            Edit(CACHE, "are_alike(query, key, ", "are_alike(query.contiguous(), key, "),
+            Edit(RELAUNCH, "likeness(query, key, ", "likeness(query.contiguous(), key, "),
+        ),
         ("other_options",),
     ),
     Mutant(
