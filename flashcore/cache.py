@@ -11,6 +11,7 @@ from flashcore.errors import CacheOverflowError
 from flashcore.fast import buffers, relaunch
 
 if TYPE_CHECKING:
+    from flashcore.fast.length_rows import LengthRows
     from flashcore.fast.relaunch import Call, Relaunch
 
 
@@ -22,14 +23,15 @@ class KVCache(tuple[Tensor, Tensor]):
     the one passed in keeps its own lengths and stays valid for them (fork, retry, roll-back).
 
     Attributes:
-        seq_lens: [batch] int32 on the device of the buffers: valid slots of each row.
         max_len: host-side upper bound of the longest row, or None when only the device knows (after a call
             recorded in a CUDA graph). It lets a call check capacity without synchronising.
     """
 
-    seq_lens: Tensor
     max_len: int | None
     _lineage: _Lineage
+    _seq_lens: Tensor | None = None  # None until somebody asks for what lies in a row
+    _rows: LengthRows
+    _address: int
 
     def __new__(
         cls,
@@ -75,6 +77,22 @@ class KVCache(tuple[Tensor, Tensor]):
         return cls(k_cache, v_cache, seq_lens, max_len=0)
 
     @property
+    def seq_lens(self) -> Tensor:
+        """[batch] int32 on the device of the buffers: valid slots of each row."""
+        if self._seq_lens is None:
+            self._seq_lens = self._rows.tensor(self._address)
+        return self._seq_lens
+
+    @seq_lens.setter
+    def seq_lens(self, seq_lens: Tensor) -> None:
+        self._seq_lens = seq_lens
+
+    @property
+    def lengths_address(self) -> int:
+        """Where ``seq_lens`` lie."""
+        return self._address if self._seq_lens is None else self._seq_lens.data_ptr()
+
+    @property
     def capacity(self) -> int:
         """Slots of a row."""
         return int(self[0].shape[2])
@@ -96,18 +114,24 @@ class KVCache(tuple[Tensor, Tensor]):
 
     def appended(self, seq_lens: Tensor, max_len: int) -> KVCache:
         """The same buffers with the lengths after a call."""
+        return KVCache(self[0], self[1], seq_lens, max_len=max_len, like=self)
+
+    def repeated(self, rows: LengthRows, address: int, max_len: int) -> KVCache:
+        """The same buffers with the lengths after a repeated call, which lie in a row of their own."""
         lineage = self._lineage
         after = tuple.__new__(KVCache, lineage.buffers)
-        after.seq_lens = seq_lens
         after.max_len = max_len
         after._lineage = lineage
+        after._rows = rows
+        after._address = address
         return after
 
     def repeat(self, query: object, key: object, value: object, options: tuple[Any, ...]) -> Relaunch | None:
         """The launch of an earlier call on these buffers with such tensors and these options."""
-        wanted = relaunch.key_of(options)
+        wanted, lengths = relaunch.key_of(options), self._seq_lens
         for call, again in self._lineage.relaunches:
-            if call.options == wanted and call.are_alike(query, key, value, self.seq_lens):
+            reads = call.reads_rows if lengths is None else call.reads(lengths)
+            if reads and call.options == wanted and call.are_alike(query, key, value):
                 return again
         return None
 

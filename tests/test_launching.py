@@ -81,8 +81,8 @@ def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: p
     compiled, driver = Triton(), Driver(TAKEN)
     launch = repeated(monkeypatch, compiled, driver)
 
-    launch.again(5, [9, 1 << 42])
-    launch.again(6, [8, 1 << 41])
+    launch.again(5, launch.current_stream(), [9, 1 << 42])
+    launch.again(6, launch.current_stream(), [8, 1 << 41])
 
     assert driver.config == (6, 2, 1, 128, 1, 1, 4096, STREAM + 3, 0, 0)
     assert driver.parameters == [1 << 41, 0.125, 8, -(1 << 40), -3, 0, 0]
@@ -92,7 +92,8 @@ def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: p
 def test_triton_launches_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, driver = Triton(), Driver(TAKEN, status=201)
 
-    repeated(monkeypatch, compiled, driver).again(6, [8, 1 << 41])
+    launch = repeated(monkeypatch, compiled, driver)
+    launch.again(6, launch.current_stream(), [8, 1 << 41])
 
     assert (driver.launches, compiled.calls) == (1, [THROUGH_TRITON])
 
@@ -116,6 +117,7 @@ def test_triton_launches_what_is_not_known_to_the_driver_as_it_is_kept(
 ) -> None:
     compiled = Triton(**metadata)
 
-    repeated(monkeypatch, compiled, driver).again(6, [8, 1 << 41])
+    launch = repeated(monkeypatch, compiled, driver)
+    launch.again(6, launch.current_stream(), [8, 1 << 41])
 
     assert compiled.calls == [THROUGH_TRITON]

@@ -1,16 +1,19 @@
-"""What makes one call like another."""
+"""What makes one call like another, and where repeated calls put their lengths."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from flashcore.fast import relaunch
-from tests.tensors import normal
+from flashcore import KVCache, attention_with_kv_cache
+from flashcore.fast import length_rows, relaunch
+from tests.tensors import DEVICE, normal
 
 SHAPE = (2, 3, 1, 8)
 
@@ -29,6 +32,12 @@ def test_tensors_like_the_first_are_alike(likeness: Callable[..., Callable[..., 
     assert are_alike(normal(*SHAPE, seed=1), normal(*SHAPE, seed=2))
     with torch.no_grad():
         assert are_alike(normal(*SHAPE), normal(*SHAPE))
+
+
+def test_one_tensor_may_come_twice(likeness: Callable[..., Callable[..., bool]]) -> None:
+    tensor = normal(*SHAPE)
+
+    assert likeness(tensor, tensor)(tensor, tensor)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +59,51 @@ def test_a_difference_in_one_tensor_is_seen(likeness: Callable[..., Callable[...
 
     assert not are_alike(other, normal(*SHAPE))
     assert not are_alike(normal(*SHAPE), other)
+
+
+def decode(past: KVCache, steps: int) -> list[KVCache]:
+    """The caches after so many decode steps, one row of 1 head."""
+    caches = []
+    for step in range(steps):
+        new = normal(1, 1, 1, 16, seed=step)
+        past = cast(KVCache, attention_with_kv_cache(new, new, new, past, cache_max_len=256)[1])
+        caches.append(past)
+    return caches
+
+
+def test_every_cache_of_a_long_stream_keeps_its_own_lengths() -> None:
+    """More steps than share an allocation."""
+    caches = decode(KVCache.allocate(1, 1, 256, 16, torch.float32, DEVICE), 2 * length_rows.COUNT + 10)
+
+    lengths = [cache.seq_lens for cache in caches]
+    assert [lens.tolist() for lens in lengths] == [[n + 1] for n in range(len(caches))]
+    assert len({lens.untyped_storage().data_ptr() for lens in lengths}) < 8
+    lengths[70].zero_()
+    assert [lens.tolist() for lens in lengths[69:72]] == [[70], [0], [72]]
+    assert caches[70].seq_lens is lengths[70]
+
+
+def test_lengths_written_on_one_stream_lie_in_memory_of_that_stream() -> None:
+    caches = decode(KVCache.allocate(1, 1, 256, 16, torch.float32, DEVICE), 3)
+    ((_, again),) = caches[-1]._lineage.relaunches
+    streams = itertools.cycle([1, 2, 2])
+    cast(Any, again.launch).current_stream = lambda: next(streams)
+
+    caches = decode(caches[-1], 6)
+
+    assert [cache._rows.stream for cache in caches] == [1, 2, 2, 1, 2, 2]
+    assert [cache.seq_lens.tolist() for cache in caches] == [[4], [5], [6], [7], [8], [9]]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_rows_are_aligned_and_lie_apart(batch: int) -> None:
+    rows = length_rows.LengthRows(batch, DEVICE, None)
+    addresses = list(rows.addresses)
+    tensors = [rows.tensor(address) for address in addresses]
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+
+    assert len(addresses) == length_rows.COUNT
+    assert [t.data_ptr() for t in tensors] == addresses
+    assert all(address % 16 == 0 for address in addresses)
+    assert [t.tolist() for t in tensors] == [[n] * batch for n in range(len(tensors))]

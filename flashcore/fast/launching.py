@@ -11,7 +11,7 @@ import functools
 import itertools
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import triton
@@ -21,9 +21,15 @@ SCRATCH = 2
 
 
 class Launch(Protocol):
-    """A launch that can be repeated."""
+    """A launch that can be repeated.
 
-    def again(self, programs: int, changed: list[Any]) -> None:
+    Attributes:
+        current_stream: the handle of the current stream; None in the interpreter.
+    """
+
+    current_stream: Callable[[], int | None]
+
+    def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:
         """Launch so many times ``row_tiles`` programs, with these arguments instead of the first launch's."""
 
 
@@ -68,26 +74,28 @@ class Interpreted:
         """As ``repeated``; ``positions`` of what changes."""
         self.kernel, self.arguments, self.options = kernel, arguments, options
         self.positions, self.row_tiles = positions, row_tiles
+        self.current_stream: Callable[[], int | None] = type(None)
 
-    def again(self, programs: int, changed: list[Any]) -> None:
+    def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:  # noqa: ARG002
         """Launch."""
         self.kernel[programs, self.row_tiles](*_replaced(self.arguments, self.positions, changed), **self.options)
 
 
 class ThroughTriton:
-    """Launches a compiled kernel on the current stream, by Triton's launcher."""
+    """Launches a compiled kernel by Triton's launcher."""
 
     def __init__(
         self, compiled: Any, arguments: Sequence[Any], positions: list[int], row_tiles: int, device: int | None
     ) -> None:
         """As ``repeated``; ``positions`` of what changes."""
         self.compiled, self.arguments, self.positions = compiled, arguments, positions
-        self.row_tiles, self.device = row_tiles, device
-        self.current_stream = triton.runtime.driver.active.get_current_stream
+        self.row_tiles = row_tiles
+        stream_of = triton.runtime.driver.active.get_current_stream
+        self.current_stream: Callable[[], int | None] = functools.partial(stream_of, device)
 
-    def again(self, programs: int, changed: list[Any]) -> None:
+    def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:
         """Launch."""
-        compiled, stream = self.compiled, self.current_stream(self.device)
+        compiled = self.compiled
         arguments = _replaced(self.arguments, self.positions, changed)
         compiled.run(
             programs, self.row_tiles, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
@@ -114,12 +122,12 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class ThroughDriver:
-    """Launches a compiled kernel on the current stream: a cell of 8 bytes an argument, those that change first."""
+    """Launches a compiled kernel: a cell of 8 bytes an argument, those that change first."""
 
     def __init__(self, driver: Any, types: list[str], through_triton: ThroughTriton) -> None:
         """``types``: of the arguments, for the compiler."""
         self.through_triton = through_triton
-        self.device, self.current_stream = through_triton.device, through_triton.current_stream
+        self.current_stream = through_triton.current_stream
         compiled, values = through_triton.compiled, through_triton.arguments
         order = [*through_triton.positions, *(i for i in range(len(types)) if i not in through_triton.positions)]
         order = [i for i in order if types[i] != "constexpr"]
@@ -140,16 +148,16 @@ class ThroughDriver:
         self.launch = driver.cuLaunchKernelEx
         self.lock = threading.Lock()
 
-    def again(self, programs: int, changed: list[Any]) -> None:
+    def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:
         """Launch; Triton's launcher tries again what the driver refuses, and says why."""
-        stream, config = self.current_stream(self.device), self.config
+        config = self.config
         with self.lock:
             self.cells[: self.num_changing] = changed
             config.grid_x = programs
             config.stream = stream
             refused = self.launch(self.config_pointer, self.function, self.parameters, None)
         if refused:
-            self.through_triton.again(programs, changed)
+            self.through_triton.again(programs, stream, changed)
 
 
 @functools.cache

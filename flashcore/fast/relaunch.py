@@ -9,6 +9,7 @@ down the ordinary path, which raises or launches as the contract says.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashcore.fast import buffers, launching, tuning
+from flashcore.fast.length_rows import LengthRows
 
 if TYPE_CHECKING:
     from flashcore.cache import KVCache
@@ -38,7 +40,9 @@ class Call:
 
     Attributes:
         options: of the call, as ``key_of`` has them.
-        are_alike: whether four tensors are like its query, key, value and lengths.
+        are_alike: whether three tensors are like its query, key and value.
+        reads: whether a tensor is like its lengths.
+        reads_rows: whether it reads the rows of ``LengthRows``.
         may_be_repeated: whether there is nothing about it that the ordinary path has to look at every time.
     """
 
@@ -47,7 +51,9 @@ class Call:
     ) -> None:
         """``options``: the arguments besides the tensors."""
         self.options = key_of(options)
-        self.are_alike = likeness(query, key, value, seq_lens)
+        self.are_alike = likeness(query, key, value)
+        self.reads = likeness(seq_lens)
+        self.reads_rows = seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
         self.may_be_repeated = PLAIN.issuperset(self.options[0]) and not (
             query.requires_grad or key.requires_grad or value.requires_grad
         )
@@ -66,12 +72,14 @@ def likeness(*tensors: Tensor) -> Callable[..., bool]:
 
     They are if they have the same type, shape, strides, dtype and device, and require grad or do not.
     """
-    try:  # torch.compile's own, and a quarter of the time of asking for the attributes one by one
-        from torch._C._dynamo.guards import TensorGuards
-    except ImportError:
-        attributes = [_attributes(tensor) for tensor in tensors]
-        return lambda *others: [_attributes(other) for other in others] == attributes
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if len(set(map(id, tensors))) == len(tensors):  # torch.compile's guards refuse a tensor that comes twice
+        with contextlib.suppress(ImportError):
+            from torch._C._dynamo.guards import TensorGuards
+
+            # A quarter of the time of asking for the attributes one by one.
+            return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    attributes = [_attributes(tensor) for tensor in tensors]
+    return lambda *others: [_attributes(other) for other in others] == attributes
 
 
 def _attributes(tensor: object) -> tuple[object, ...]:
@@ -118,10 +126,10 @@ class Relaunch:
         self.dtype = query.dtype
         self.out_shape = tuple(query.shape)
         self.lse_shape = self.out_shape[:3] if return_lse else None
-        self.lens_shape = tuple(cache.seq_lens.shape)
+        self.batch = query.shape[0]
         self.q_len = query.shape[2]
         self.cache_pointers = (cache[0].data_ptr(), cache[1].data_ptr())
-        rows = [query.shape[0], cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
+        rows = [self.batch, cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
         rows[3] *= self.q_len
         self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
         self.splits_later = rows[2] > 1
@@ -129,16 +137,17 @@ class Relaunch:
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
+        self.rows: LengthRows | None = None
 
     def again(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, KVCache] | tuple[Tensor, KVCache, Tensor] | None:
         """Repeat the launch for a call that is like it, or return None if the ordinary path has to look at it."""
-        bound, lens = past.max_len, past.seq_lens
+        bound, at_lens = past.max_len, past.lengths_address
         if bound is None or bound + self.q_len > self.slot_limit or past.has_fault():
             return None
         k_cache, v_cache = past
-        at_query, at_key, at_value, at_lens = query.data_ptr(), key.data_ptr(), value.data_ptr(), lens.data_ptr()
+        at_query, at_key, at_value = query.data_ptr(), key.data_ptr(), value.data_ptr()
         if (at_query | at_key | at_value | at_lens) % 16 or self.cache_pointers != (
             k_cache.data_ptr(), v_cache.data_ptr(),
         ):  # fmt: skip
@@ -152,19 +161,23 @@ class Relaunch:
 
         launch = self.launch or self._prepare(past)
         out = buffers.empty(self.out_shape, self.dtype, self.device)
-        lens_out = buffers.empty(self.lens_shape, torch.int32, self.device)
+        stream, rows = launch.current_stream(), self.rows
+        after = next(rows.addresses, 0) if rows is not None and rows.stream == stream else 0
+        if rows is None or not after:
+            rows = self.rows = LengthRows(self.batch, self.device, stream)
+            after = next(rows.addresses)
         splits = self.plan.grid_splits(bound) if self.splits_later else 1
         lse = None
         changed: list[Any]
         if self.compiled is None:
-            changed = [bound, splits, query, key, value, lens, out, lens_out]
+            changed = [bound, splits, query, key, value, past.seq_lens, out, rows.tensor(after)]
         else:
-            changed = [bound, splits, at_query, at_key, at_value, at_lens, out.data_ptr(), lens_out.data_ptr()]
+            changed = [bound, splits, at_query, at_key, at_value, at_lens, out.data_ptr(), after]
         if self.lse_shape is not None:
             lse = buffers.empty(self.lse_shape, torch.float32, self.device)
             changed.append(lse if self.compiled is None else lse.data_ptr())
-        launch.again(splits * self.heads, changed)
-        cache = past.appended(lens_out, bound + self.q_len)
+        launch.again(splits * self.heads, stream, changed)
+        cache = past.repeated(rows, after, bound + self.q_len)
         return (out, cache) if lse is None else (out, cache, lse)
 
     def _prepare(self, past: KVCache) -> launching.Launch:

@@ -6,7 +6,6 @@ from properties.mutants.mutant import (
     CACHE,
     PREFILL,
     PRIMITIVES,
-    RELAUNCH,
     SPLIT_KV,
     TUNING,
     VALIDATION,
@@ -58,14 +57,7 @@ MUTANTS = (
         "STATE",
         "a launch that read strided lengths is repeated for those of the returned cache",
         "a KVCache made from every second element of a larger tensor, two calls",
-        (
-            Edit(CACHE, "value, self.seq_lens)", "value, self.seq_lens.int().contiguous())"),
-            Edit(
-                RELAUNCH,
-                "likeness(query, key, value, seq_lens)",
-                "likeness(query, key, value, seq_lens.int().contiguous())",
-            ),
-        ),
+        (Edit(CACHE, "call.reads_rows if lengths is None else call.reads(lengths)", "True"),),
         ("how_a_cache_holds",),
     ),
     _fault(

@@ -60,13 +60,7 @@ MUTANTS = (
         "STATE",
         "repeated launches write their lengths to one place",
         "a fork from a KVCache of a repeated call",
-        (
-            Edit(
-                RELAUNCH,
-                "lens_out = buffers.empty(self.lens_shape, torch.int32, self.device)",
-                'lens_out = self.__dict__.setdefault("kept", buffers.empty(self.lens_shape, torch.int32, self.device))',
-            ),
-        ),
+        (Edit(RELAUNCH, "next(rows.addresses, 0) if", "rows.first if"),),
         STEPS,
     ),
     Mutant(
@@ -102,7 +96,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch counts a chunk as one token",
         "repeated chunks of several tokens",
-        (Edit(RELAUNCH, "past.appended(lens_out, bound + self.q_len)", "past.appended(lens_out, bound + 1)"),),
+        (Edit(RELAUNCH, "past.repeated(rows, after, bound + self.q_len)", "past.repeated(rows, after, bound + 1)"),),
         STEPS,
     ),
     Mutant(
