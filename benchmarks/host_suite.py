@@ -54,7 +54,7 @@ class Decoding:
         for buffer in self.start:
             buffer.normal_()
         lens = torch.full((shape.batch,), shape.kv_len, dtype=torch.int32, device=device)
-        self.start = flashcore.KVCache(*self.start, lens, max_len=shape.kv_len, like=self.start)
+        self.start = flashcore.KVCache(*self.start, lens, max_len=shape.kv_len, min_len=shape.kv_len, like=self.start)
         self.rewind()
 
     def rewind(self) -> None:

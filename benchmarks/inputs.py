@@ -118,13 +118,13 @@ def make_appending(shape: Shape, device: str, seed: int, kv_lens: Sequence[int] 
     rows = torch.arange(shape.batch, device=device)[:, None]
     # An index pair around a slice puts the indexed axes first: [batch, q_len, num_kv_heads, head_dim].
     new = [buffer[rows, :, slots].transpose(1, 2).contiguous() for buffer in (problem.key, problem.value)]
-    longest = max(lens) - shape.q_len
-    cache = flashcore.KVCache(problem.key, problem.value, before, max_len=longest)
+    longest, shortest = max(lens) - shape.q_len, min(lens) - shape.q_len
+    cache = flashcore.KVCache(problem.key, problem.value, before, max_len=longest, min_len=shortest)
     # One step, then back: from the second step on a cache has its counters, which is how it is used.
     _, stepped = flashcore.attention_with_kv_cache(
         problem.query, new[0], new[1], cache, cache_max_len=shape.kv_len, is_causal=shape.is_causal
     )[:2]
-    cache = flashcore.KVCache(problem.key, problem.value, before, max_len=longest, like=stepped)
+    cache = flashcore.KVCache(problem.key, problem.value, before, max_len=longest, min_len=shortest, like=stepped)
     ragged = Problem(problem.query, problem.key, problem.value, shape.is_causal, None if kv_lens is None else after)
     return Appending(ragged, new[0], new[1], cache)
 

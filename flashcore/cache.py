@@ -25,9 +25,12 @@ class KVCache(tuple[Tensor, Tensor]):
     Attributes:
         max_len: host-side upper bound of the longest row, or None when only the device knows (after a call
             recorded in a CUDA graph). It lets a call check capacity without synchronising.
+        min_len: host-side lower bound of the shortest row, 0 if nothing is known. Only how the work is shared out
+            follows from it, no bit of a result.
     """
 
     max_len: int | None
+    min_len: int
     _lineage: _Lineage
     _seq_lens: Tensor | None = None  # None until somebody asks for what lies in a row
     _rows: LengthRows
@@ -40,6 +43,7 @@ class KVCache(tuple[Tensor, Tensor]):
         seq_lens: Tensor,
         *,
         max_len: int | None = None,
+        min_len: int = 0,
         like: KVCache | None = None,
     ) -> KVCache:
         """Wrap buffers [batch, num_kv_heads, capacity, head_dim] whose first ``seq_lens`` slots are valid.
@@ -49,11 +53,13 @@ class KVCache(tuple[Tensor, Tensor]):
             v_cache: values, same shape.
             seq_lens: [batch] int32.
             max_len: an upper bound of ``seq_lens``; None to let the first call read it from the device.
+            min_len: a lower bound of ``seq_lens``; with ``max_len`` near it decode steps of a large batch are faster.
             like: an earlier cache of the same rows, whose fault flag and counters continue.
         """
         self = super().__new__(cls, (k_cache, v_cache))
         self.seq_lens = seq_lens
         self.max_len = max_len
+        self.min_len = min_len
         if like is not None and like[0] is k_cache and like[1] is v_cache:
             self._lineage = like._lineage
         else:
@@ -98,6 +104,11 @@ class KVCache(tuple[Tensor, Tensor]):
         return int(self[0].shape[2])
 
     @property
+    def is_even(self) -> bool:
+        """Whether the host knows that all rows are about as long."""
+        return self.max_len is not None and 4 * self.min_len >= 3 * self.max_len
+
+    @property
     def fault(self) -> Tensor:
         """[2] int32 on the host, written by kernels: what ``check`` raises."""
         return self._lineage.fault
@@ -112,15 +123,16 @@ class KVCache(tuple[Tensor, Tensor]):
             lineage.arrivals = counters
         return lineage.arrivals
 
-    def appended(self, seq_lens: Tensor, max_len: int) -> KVCache:
+    def appended(self, seq_lens: Tensor, max_len: int, min_len: int) -> KVCache:
         """The same buffers with the lengths after a call."""
-        return KVCache(self[0], self[1], seq_lens, max_len=max_len, like=self)
+        return KVCache(self[0], self[1], seq_lens, max_len=max_len, min_len=min_len, like=self)
 
-    def repeated(self, rows: LengthRows, address: int, max_len: int) -> KVCache:
+    def repeated(self, rows: LengthRows, address: int, max_len: int, min_len: int) -> KVCache:
         """The same buffers with the lengths after a repeated call, which lie in a row of their own."""
         lineage = self._lineage
         after = tuple.__new__(KVCache, lineage.buffers)
         after.max_len = max_len
+        after.min_len = min_len
         after._lineage = lineage
         after._rows = rows
         after._address = address

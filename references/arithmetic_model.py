@@ -49,7 +49,9 @@ class ArithmeticModel:
         row_sum_from_p: the row sum adds the rounded P, not the exponentials before rounding.
         output_rounding: how the quotient is rounded to the output format, which is the input format.
         merge: how splits are combined. "max": unnormalised (acc, m, l) partials rescaled to the common
-            maximum. "lse": normalised partial outputs weighted by their stored log-sum-exp.
+            maximum, in order or at once. "grouped": the same in groups of ``tiling.MERGE_GROUP`` splits, then the
+            groups, as flashcore's kernels do. "lse": normalised partial outputs weighted by their stored
+            log-sum-exp.
         partial_format: format of the stored partial outputs.
     """
 
@@ -73,7 +75,7 @@ class ArithmeticModel:
     p_rounding: Mode = "nearest"
     row_sum_from_p: bool = False
     output_rounding: Mode = "nearest"
-    merge: Literal["max", "lse"] = "max"
+    merge: Literal["max", "grouped", "lse"] = "max"
     partial_format: str = "float32"
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "accumulator": ("ieee", "fused"),
     "p_rounding": ("nearest", "toward_zero"),
     "output_rounding": ("nearest", "toward_zero"),
-    "merge": ("max", "lse"),
+    "merge": ("max", "grouped", "lse"),
 }
 
 INTERPRETER = ArithmeticModel(
@@ -152,6 +154,7 @@ INTERPRETER = ArithmeticModel(
     ),
     exp2_error=4.5 * 2.0**-23,
     log2_error=4.5 * 2.0**-23,
+    merge="grouped",
 )
 
 _NVIDIA = ArithmeticModel(
@@ -167,6 +170,7 @@ _NVIDIA = ArithmeticModel(
     log2_error=2.0**-22,
     division_error=2.5 * 2.0**-23,
     flush_to_zero=True,
+    merge="grouped",
 )
 
 AMPERE = dataclasses.replace(

@@ -164,7 +164,7 @@ class Arithmetic:
     @cached_property
     def partial(self) -> float:
         """(8) Relative error of a stored, normalised partial output."""
-        if self.model.merge == "max":
+        if self.model.merge != "lse":
             return 0.0
         stored = as_format(self.model.partial_format)
         rounding = stored.unit_roundoff() if stored.precision < self.model.work.precision else 0.0

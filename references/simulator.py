@@ -27,6 +27,7 @@ from references.accumulators import (
 )
 from references.arithmetic_model import ArithmeticModel
 from references.rounding import BFLOAT16, E4M3, FLOAT16, TFLOAT32, Format, Mode, as_format, round_to
+from references.tiling import MERGE_GROUP
 
 Fault = Literal[
     "qk_fp16_accumulator",
@@ -219,6 +220,12 @@ class _Arithmetic:
                 )
                 for s in states
             ]
+        if self.model.merge == "grouped" and len(states) > MERGE_GROUP:
+            groups = [states[i : i + MERGE_GROUP] for i in range(0, len(states), MERGE_GROUP)]
+            return self._sum([self._sum(group, partial) for group in groups], as_format(self.model.work_format))
+        return self._sum(states, partial)
+
+    def _sum(self, states: list[_State], partial: Format) -> _State:
         m = np.maximum.reduce([s.m_i for s in states])
         m_base = np.where(m == -np.inf, np.float32(0), m)
         merged = _State(np.zeros_like(states[0].acc), m, np.zeros_like(m))

@@ -16,6 +16,9 @@ BoolArray = NDArray[np.bool_]
 # Of every row, or one number for all of them.
 Count = IntArray | int
 
+# What ``merge="grouped"`` in an arithmetic model stands for.
+MERGE_GROUP = 4
+
 # The splits in merge order; each the tiles it visits, in order, as key ranges [start, stop).
 Tiles = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -214,26 +217,52 @@ def highest(of_keys: Float64Array, rows: list[slice], tiles: list[Layout]) -> Fl
     return of_tiles
 
 
-def path(upper: Float64Array, lower: Float64Array, splits: Count) -> Path:
+def path(upper: Float64Array, lower: Float64Array, splits: Count, *, grouped: bool = False) -> Path:
     """Count along the way of the keys of every row.
 
     Args:
         upper, lower: [tiles of a split, splits, heads, rows] bounds of the largest computed logit in base 2 of each
             tile, apart from a factor common to the row; -inf where all its keys are hidden.
         splits: with a visible key, see ``Counts``.
+        grouped: splits are merged in groups of ``MERGE_GROUP``, then the groups.
     """
     records = _records(upper, lower)
     exps = 1 + _remaining(records)
     rescales = records.sum(axis=0).max(axis=0)
     merge_rescales: Count = 0
-    if upper.shape[1] > 1:
-        # Merged pairwise in order, a split is rescaled when it is taken in and whenever a later one raises
-        # the maximum; merged at once, only the first.
-        records = _records(upper.max(axis=0), lower.max(axis=0))
-        several = np.asarray(splits) > 1
-        exps += several * (1 + _remaining(records))
-        merge_rescales = several * (1 + records.sum(axis=0))
+    num_splits = upper.shape[1]
+    if num_splits > 1:
+        upper, lower = upper.max(axis=0), lower.max(axis=0)  # [splits, heads, rows]
+        if grouped and num_splits > MERGE_GROUP:
+            # [splits of a group, groups, heads, rows]
+            upper, lower = (_in_groups(of_splits) for of_splits in (upper, lower))
+            merge_exps, merge_rescales = _merging(upper, lower, (upper > -np.inf).sum(axis=0))
+            upper, lower = upper.max(axis=0), lower.max(axis=0)
+            more_exps, more_rescales = _merging(upper, lower, (upper > -np.inf).sum(axis=0))
+            exps += (merge_exps + more_exps).swapaxes(0, 1).reshape(-1, *upper.shape[1:])[:num_splits]
+            merge_rescales = merge_rescales.max(axis=0) + more_rescales
+        else:
+            merge_exps, merge_rescales = _merging(upper, lower, splits)
+            exps += merge_exps
     return Path(exps, rescales, merge_rescales)
+
+
+def _merging(upper: Float64Array, lower: Float64Array, splits: Count) -> tuple[IntArray, IntArray]:
+    """Exponentials that each of the states along the first axis meets when they are merged, and most rescalings.
+
+    Merged pairwise in order, a state is rescaled when it is taken in and whenever a later one raises the maximum;
+    merged at once, only the first. ``splits``: how many see a key; a single one is not rescaled.
+    """
+    records = _records(upper, lower)
+    several = np.asarray(splits) > 1
+    return several * (1 + _remaining(records)), several * (1 + records.sum(axis=0))
+
+
+def _in_groups(of_splits: Float64Array) -> Float64Array:
+    """[splits, ...] as [splits of a group, groups, ...]; places without a split hold -inf."""
+    missing = -len(of_splits) % MERGE_GROUP
+    places = np.pad(of_splits, [(0, missing), *[(0, 0)] * (of_splits.ndim - 1)], constant_values=-np.inf)
+    return places.reshape(-1, MERGE_GROUP, *of_splits.shape[1:]).swapaxes(0, 1)
 
 
 def add_to_keys(

@@ -78,7 +78,7 @@ def deviations_of(
         np.add(exact.logit, uncertainty, out=bounds[0])
         np.subtract(exact.logit, uncertainty, out=bounds[1])
         of_tiles = highest(bounds, sequences.rows, tiles)
-        way = path(of_tiles[:, :, 0], of_tiles[:, :, 1], seen.splits)
+        way = path(of_tiles[:, :, 0], of_tiles[:, :, 1], seen.splits, grouped=model.merge == "grouped")
     rescaling = arithmetic.rescaling(seen, way)
     row_sum = arithmetic.row_sum(seen, rescaling)
 

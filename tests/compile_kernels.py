@@ -56,13 +56,15 @@ def configurations(arch: int) -> Iterator[Configuration]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
-        for plan in plans(dtype, head_dim, arch):
+        for plan, several in itertools.product(plans(dtype, head_dim, arch), (False, True)):
+            if plan.path == "prefill" and several:
+                continue
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
                 "WIDE": False,
             }  # fmt: skip
             if plan.path == "split":
-                flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
+                flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": several}
             yield dtype, plan, flags
 
 

@@ -87,13 +87,21 @@ def expected_terms(
                 exps[j] += sum(records[index + 1 :])
         keys = range(split[0][0], split[-1][1])
         split_maxima.append((max(t[j] + tau_of[j] for j in keys), max(t[j] - tau_of[j] for j in keys)))
-    merge_rescales = 0
-    if len(tiles) > 1:
-        merge = [i > 0 and split_maxima[i][0] > max(low for _, low in split_maxima[:i]) for i in range(len(tiles))]
-        merge_rescales = 1 + sum(merge)
-        for index, split in enumerate(tiles):
-            for j in range(split[0][0], split[-1][1]):
-                exps[j] += 1 + sum(merge[index + 1 :])
+
+    def merging(maxima: list[tuple[float, float]]) -> tuple[list[int], int]:
+        raises = [i > 0 and maxima[i][0] > max(low for _, low in maxima[:i]) for i in range(len(maxima))]
+        if len(maxima) == 1:
+            return [0], 0
+        return [1 + sum(raises[i + 1 :]) for i in range(len(maxima))], 1 + sum(raises)
+
+    size = 4 if model.merge == "grouped" else len(tiles)
+    groups = [split_maxima[i : i + size] for i in range(0, len(tiles), size)]
+    inside = [merging(group) for group in groups]
+    among = merging([(max(high for high, _ in group), max(low for _, low in group)) for group in groups])
+    merge_rescales = max(count for _, count in inside) + among[1]
+    for index, split in enumerate(tiles):
+        for j in range(split[0][0], split[-1][1]):
+            exps[j] += inside[index // size][0][index % size] + among[0][index // size]
 
     tau = [r[j] + theta * gap[j] for j in range(n)]
     exponent = [
@@ -169,9 +177,10 @@ def expected_terms(
 
 ONE_TILE = tiling(9, 0, 16)
 MANY = tiling(7, 2, 2, 4)
+GROUPS = tiling(9, 0, 1, 1)
 
 
-@pytest.mark.parametrize("tiles", [ONE_TILE, MANY], ids=["one tile", "splits"])
+@pytest.mark.parametrize("tiles", [ONE_TILE, MANY, GROUPS], ids=["one tile", "splits", "groups of splits"])
 @pytest.mark.parametrize("fmt", [FLOAT16, BFLOAT16, FLOAT32], ids=lambda f: f.name)
 @pytest.mark.parametrize("model", [INTERPRETER, AMPERE, HOPPER], ids=lambda m: m.name)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -600,7 +609,7 @@ def test_a_model_survives_its_json(model: ArithmeticModel) -> None:
         ('"carried": true', '"carried": 1'),
         ('"fused_products": 16', '"fused_products": true'),
         ('"fused_products": 16', '"fused_products": 0'),
-        ('"merge": "max"', '"merge": "sum"'),
+        ('"merge": "grouped"', '"merge": "sum"'),
         ('"work_format": "float32"', '"work_format": "float31"'),
         ('"tf32": false,', ""),
         ('"tf32": false', '"tf64": false'),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +31,38 @@ def test_no_row_needs_more_splits_than_are_launched_for_a_longer_one(plan: tunin
     assert launched == sorted(launched)
     assert all(plan.num_splits(step * n) <= grid for n, grid in zip(LENGTHS, launched, strict=True))
     assert launched[-1] <= plan.max_splits
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("multiprocessors", [4, 16])
+def test_how_many_splits_a_program_takes_changes_no_bit(
+    q_len: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of few multiprocessors gets groups of splits and whole rows where a large one gets a split a program."""
+    lengths = (113, 0, 64, 16, 97)
+    key, value = (normal(5, 2, 130, 16, dtype=torch.float32, seed=i) for i in (1, 2))
+    query = normal(5, 4, q_len, 16, dtype=torch.float32, seed=3)
+    new_key, new_value = (normal(5, 2, q_len, 16, dtype=torch.float32, seed=i) for i in (4, 5))
+    taken = []
+
+    def decode(rows: int, multiprocessors: int) -> tuple[Any, ...]:
+        monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+        lens = torch.tensor(lengths[:rows], dtype=torch.int32, device=DEVICE)
+        plan = tuning.plan(q_len=q_len, group_size=2, head_dim=16, dtype=torch.float32, block_n=16)
+        bound = max(lengths[:rows])
+        share = plan.splits_per_program(2 * rows, bound, bound, is_even=rows == 1, multiprocessors=multiprocessors)
+        taken.append(min(share, 5))
+        result = flashcore.attention_with_kv_cache(
+            query[:rows], new_key[:rows], new_value[:rows], (key[:rows].clone(), value[:rows].clone()), seq_lens=lens,
+            cache_max_len=130, block_n=16, is_causal=True, return_lse=True,
+        )  # fmt: skip
+        return result[0], *result[2:]
+
+    with tuning.forced(path="split", kv_split_size=16):
+        for rows in (1, 5):
+            one_each = decode(rows, 10_000)
+            assert all(torch.equal(a, b) for a, b in zip(decode(rows, multiprocessors), one_each, strict=True))
+    assert set(taken) == ({1, 4, 5} if multiprocessors == 4 else {1, 4})
 
 
 @pytest.mark.parametrize("lengths", [(64, 65), (60, 65), (65, 64, 1, 0), (128, 129)])

@@ -48,6 +48,8 @@ class _Problem:
     new_lens: Tensor | None = None
     seq_lens_out: Tensor | None = None  # given when the new tokens are to be appended
     slot_limit: int = 0
+    longest: int | None = None  # cached slots of the longest row at most, or when a graph was recorded
+    is_even: bool = True  # whether all rows are about as long, as far as the host knows
     owner: KVCache | None = None  # whose fault flag and counters the launch uses
     call: relaunch.Call | None = None  # under which the launch may be repeated for the owner
 
@@ -234,6 +236,7 @@ def attention_with_kv_cache(
             *buffer_pair,
             seq_lens_out,
             max_len=lengths.bound_after(),
+            min_len=lengths.shortest_after(),
             like=past if isinstance(past, KVCache) else None,
         )
     else:
@@ -250,6 +253,8 @@ def attention_with_kv_cache(
         k_new=key,
         v_new=value,
         max_cached=capacity if lengths.bound is None else lengths.bound,
+        longest=lengths.longest,
+        is_even=lengths.is_even,
         num_new_keys=q_len,
         qk_scale=qk_scale,
         causal_offset=0 if is_causal else q_len,
@@ -331,6 +336,7 @@ class _Lengths:
 
     Attributes:
         seq_lens: the tensor the kernel reads.
+        longest, is_even: of the cached rows, as far as the host knows: for sharing out the work.
         bound: upper bound of the cached slots of any row; None while a graph is recorded, since a recorded call may
             be replayed at any length.
     """
@@ -352,6 +358,9 @@ class _Lengths:
         self.batch = batch
         self.capacity = 0 if past is None else int(past[0].shape[2])
         self.bound: int | None = 0
+        self.longest: int | None = None
+        self.shortest = 0
+        self.is_even = self.seq_lens is None
         self.cached: list[int] | None = [0] * batch if self.seq_lens is None else None
         self.new: list[int] | None = [q_len] * batch if new_lens is None else None
         if isinstance(past, KVCache) and not capturing:
@@ -360,6 +369,8 @@ class _Lengths:
             self._read_new()
         if self.seq_lens is None:
             return
+        if seq_lens is None and isinstance(past, KVCache):
+            self.shortest, self.longest, self.is_even = past.min_len, past.max_len, past.is_even
         if capturing:
             self.bound = None
         elif seq_lens is None and isinstance(past, KVCache) and past.max_len is not None:
@@ -377,7 +388,9 @@ class _Lengths:
             self.cached = self.seq_lens.tolist()
             meaning = "the capacity of the cache" if self.capacity else "no cache was given"
             validation.check_range("seq_lens", self.cached, self.capacity, meaning)
-            self.bound = max(self.cached, default=0)
+            self.bound = self.longest = max(self.cached, default=0)
+            self.shortest = min(self.cached, default=0)
+            self.is_even = 4 * self.shortest >= 3 * self.longest
         new = self._read_new()
         assert self.cached is not None
         return self.cached, new
@@ -396,6 +409,14 @@ class _Lengths:
         if self.cached is not None and self.new is not None:
             return max((c + n for c, n in zip(self.cached, self.new, strict=True)), default=0)
         return self.bound + (self.q_len if self.new is None else max(self.new, default=0))
+
+    def shortest_after(self) -> int:
+        """Lower bound of the lengths after the call."""
+        if self.cached is not None and self.new is not None:
+            return min((c + n for c, n in zip(self.cached, self.new, strict=True)), default=0)
+        if self.new_lens is None:
+            return self.shortest + self.q_len
+        return self.shortest
 
 
 def _make_room(
@@ -510,6 +531,13 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         )
         return
     grid_splits = plan.grid_splits(problem.max_cached)
+    splits_per_program = plan.splits_per_program(
+        row_tiles * num_kv_heads * batch,
+        problem.max_cached if problem.longest is None else problem.longest,
+        problem.max_cached,
+        is_even=problem.is_even,
+        multiprocessors=tuning.multiprocessors(device),
+    )
     scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)
     arrivals = unused_int
     if grid_splits > 1:
@@ -520,13 +548,14 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     appends = problem.seq_lens_out is not None
     if grid_splits > 1 or (appends and plan.grid_splits(problem.slot_limit) > 1):
         arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
-    splits = (grid_splits, plan.kv_split_size, plan.min_splits, plan.max_splits)
+    splits = (grid_splits, splits_per_program, plan.kv_split_size, plan.few_splits, plan.max_splits)
     arguments = [
         *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip
-    constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query}
+    constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": splits_per_program > 1}
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
-    compiled = split_kv_attention[grid_splits * num_kv_heads * batch, row_tiles](*arguments, **options)
+    programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch
+    compiled = split_kv_attention[programs, row_tiles](*arguments, **options)
     if problem.call is not None and problem.owner is not None:
         again = relaunch.Relaunch(
             split_kv_attention, compiled, arguments, options, plan, problem.owner, query,

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import triton
 
+from flashcore.fast import interpreter
+
 SCRATCH = 2
 """Pointers that Triton appends to a kernel's parameters; null unless the kernel asks for such memory."""
 
@@ -78,7 +80,8 @@ class Interpreted:
 
     def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:  # noqa: ARG002
         """Launch."""
-        self.kernel[programs, self.row_tiles](*_replaced(self.arguments, self.positions, changed), **self.options)
+        with interpreter.silent_arithmetic():
+            self.kernel[programs, self.row_tiles](*_replaced(self.arguments, self.positions, changed), **self.options)
 
 
 class ThroughTriton:

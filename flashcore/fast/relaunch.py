@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 CHANGING = (
-    "max_cached", "grid_splits", "q_ptr", "k_new_ptr", "v_new_ptr", "seq_lens_ptr", "out_ptr", "seq_lens_out_ptr",
+    "max_cached", "grid_splits", "splits_per_program",
+    "q_ptr", "k_new_ptr", "v_new_ptr", "seq_lens_ptr", "out_ptr", "seq_lens_out_ptr",
 )  # fmt: skip
 """Arguments of the kernel that differ from step to step; "lse_ptr" besides, where one is asked for."""
 
@@ -88,6 +89,16 @@ def _attributes(tensor: object) -> tuple[object, ...]:
     return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
+class _Shares(NamedTuple):
+    """What ``Relaunch`` last shared out: the same for all ``bounds``, which need as many splits."""
+
+    bounds: range
+    is_even: bool
+    splits: int
+    splits_per_program: int
+    programs: int
+
+
 class Relaunch:
     """A launch of the split-KV kernel that appended to a ``KVCache``, ready to be repeated.
 
@@ -135,6 +146,8 @@ class Relaunch:
         self.splits_later = rows[2] > 1
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
+        self.takes_several = bool(arguments[kernel.arg_names.index("SEVERAL")])
+        self.shares = _Shares(range(0), False, 0, 0, 0)
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
         self.rows: LengthRows | None = None
@@ -158,6 +171,11 @@ class Relaunch:
             torch.cuda.is_current_stream_capturing() or torch.cuda.current_device() != self.device.index
         ):
             return None
+        shares = self.shares
+        if bound not in shares.bounds or shares.is_even is not past.is_even:
+            shares = self.shares = self._share_out(bound, past.is_even)
+        if (shares.splits_per_program > 1) is not self.takes_several:
+            return None  # another kernel
 
         launch = self.launch or self._prepare(past)
         out = buffers.empty(self.out_shape, self.dtype, self.device)
@@ -166,19 +184,36 @@ class Relaunch:
         if rows is None or not after:
             rows = self.rows = LengthRows(self.batch, self.device, stream)
             after = next(rows.addresses)
-        splits = self.plan.grid_splits(bound) if self.splits_later else 1
         lse = None
         changed: list[Any]
         if self.compiled is None:
-            changed = [bound, splits, query, key, value, past.seq_lens, out, rows.tensor(after)]
+            changed = [
+                bound, shares.splits, shares.splits_per_program,
+                query, key, value, past.seq_lens, out, rows.tensor(after),
+            ]  # fmt: skip
         else:
-            changed = [bound, splits, at_query, at_key, at_value, at_lens, out.data_ptr(), after]
+            changed = [
+                bound, shares.splits, shares.splits_per_program,
+                at_query, at_key, at_value, at_lens, out.data_ptr(), after,
+            ]  # fmt: skip
         if self.lse_shape is not None:
             lse = buffers.empty(self.lse_shape, torch.float32, self.device)
             changed.append(lse if self.compiled is None else lse.data_ptr())
-        launch.again(splits * self.heads, stream, changed)
-        cache = past.repeated(rows, after, bound + self.q_len)
+        launch.again(shares.programs, stream, changed)
+        cache = past.repeated(rows, after, bound + self.q_len, past.min_len + self.q_len)
         return (out, cache) if lse is None else (out, cache, lse)
+
+    def _share_out(self, bound: int, is_even: bool) -> _Shares:
+        """How many splits there are for rows of up to ``bound`` slots, and how many of them a program takes."""
+        size = self.plan.kv_split_size
+        last = tuning.ceil_div(bound, size) * size
+        splits = self.plan.grid_splits(bound)
+        per_program = self.plan.splits_per_program(
+            self.heads * self.row_tiles, bound, bound,
+            is_even=is_even, multiprocessors=tuning.multiprocessors(self.device),
+        )  # fmt: skip
+        programs = tuning.ceil_div(splits, per_program) * self.heads
+        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, programs)
 
     def _prepare(self, past: KVCache) -> launching.Launch:
         """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.

@@ -22,17 +22,17 @@ SPLIT_ROWS = 32
 WIDE_SPLIT_ROWS = 16
 """The same for wide tiles (float32, head_dim beyond 128), whose split kernel would spill with more rows."""
 
-KV_SPLIT_BYTES = 256 * 1024
-"""Keys and values that a split of a long row reads: beyond that, merging one more split costs less than it saves."""
+KV_SPLIT_BYTES = 32 * 1024
+"""Keys and values of a short row's splits: beyond that, merging one more split costs less than it saves."""
 
-KV_SPLIT_SIZE = 1024
-"""Slots of a split of a long row, where they have fewer bytes than that."""
-
-MIN_SPLITS = 4
-"""Splits of a row that is too long for one: a batch of few rows and heads must fill a GPU, too."""
+FEW_SPLITS = 8
+"""From here on splits become twice as long, then twice as many, then four times as long, then more."""
 
 MAX_SPLITS = 64
 """A row's splits grow rather than become more than this."""
+
+SPLIT_GROUP = 4
+"""Splits are merged in groups of so many, and then the groups: so that one program can take a group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class LaunchPlan:
         block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
         block_d: columns of a tile, head_dim and padding.
         one_query: whether q_len is 1 (split path): the one new token is taken without a product of tiles.
-        kv_split_size: a row of at most so many slots has one split; a multiple of block_n.
-        min_splits: fewest splits of a longer row.
-        max_splits: a row's splits grow longer rather than become more.
+        kv_split_size: slots of a split until there are few_splits of them; a multiple of block_n.
+        few_splits: from here on splits become longer, too.
+        max_splits: a row's splits grow rather than become more than this.
         num_warps: of a program.
         num_stages: of the software pipeline.
     """
@@ -60,7 +60,7 @@ class LaunchPlan:
     block_d: int
     one_query: bool
     kv_split_size: int
-    min_splits: int
+    few_splits: int
     max_splits: int
     num_warps: int
     num_stages: int
@@ -76,14 +76,43 @@ class LaunchPlan:
 
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
-        if self.path == "prefill" or cached <= self.kv_split_size:
+        if self.path == "prefill":
             return 1
-        return min(max(ceil_div(cached, self.kv_split_size), self.min_splits), self.max_splits)
+        size = self.kv_split_size
+        wanted = max(
+            min(ceil_div(cached, size), self.few_splits),
+            min(ceil_div(cached, 2 * size), 2 * self.few_splits),
+            ceil_div(cached, 8 * size),
+        )
+        return max(min(wanted, self.max_splits), 1)
+
+    def splits_per_program(self, rows: int, longest: int, bound: int, *, is_even: bool, multiprocessors: int) -> int:
+        """Consecutive splits that one program takes. No bit depends on it: it may follow from the whole batch.
+
+        A program that has its whole row merges nothing through memory, one that has a group of splits stores one
+        state for all of them; but the GPU must be filled, and where rows differ a long one must not come last.
+
+        Args:
+            rows: tiles of rows, of all batch rows and kv heads.
+            longest: cached slots of the longest row, as far as the host can tell.
+            bound: cached slots that no row exceeds.
+            is_even: whether all rows are about as long, as far as the host can tell.
+            multiprocessors: of the GPU.
+
+        Returns:
+            1, SPLIT_GROUP, or as many as any row has.
+        """
+        most = self.grid_splits(bound)
+        enough = multiprocessors * 3 // 4
+        if rows >= enough and (is_even or longest <= self.few_splits * self.kv_split_size):
+            return most
+        groups = ceil_div(self.grid_splits(longest), SPLIT_GROUP)
+        return min(SPLIT_GROUP, most) if rows * groups >= enough else 1
 
     def split_size(self, cached: int) -> int | None:
         """Slots a split of a row with ``cached`` slots takes, or None on the prefill path.
 
-        The same arithmetic as ``split_range`` in the kernel.
+        The same arithmetic as ``row_splits`` in the kernel.
         """
         if self.path == "prefill":
             return None
@@ -168,6 +197,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; for the CPU a few, so that small batches differ in how they are shared out, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def plan(
     *,
     q_len: int,
@@ -200,7 +235,8 @@ def plan(
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     fits = KV_SPLIT_BYTES // (2 * block_d * (4 if is_float32 else 2))
-    kv_split_size = ceil_div(_forced.kv_split_size or min(fits, KV_SPLIT_SIZE), block_n) * block_n
+    kv_split_size = ceil_div(_forced.kv_split_size or fits, block_n) * block_n
+    max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
     return LaunchPlan(
         path=path,
         block_m=block_m,
@@ -209,8 +245,8 @@ def plan(
         block_d=block_d,
         one_query=path == "split" and q_len == 1,
         kv_split_size=kv_split_size,
-        min_splits=1 if _forced.kv_split_size else MIN_SPLITS,
-        max_splits=_forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30),
+        few_splits=min(FEW_SPLITS, max_splits) if _forced.kv_split_size is None else max_splits,
+        max_splits=max_splits,
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
         num_stages=_num_stages(path, is_float32, block_d, arch),
     )

@@ -202,10 +202,11 @@ class FlashCoreLayer(CacheLayerMixin):  # type: ignore[misc]
             self.real = None if bool(kept.all()) else kept
         if self.real is None:
             lens = torch.full_like(self.kv.seq_lens, columns)
-            self._hold(self.kv.appended(lens, columns))
+            self._hold(self.kv.appended(lens, columns, columns))
         else:
             counts = self.real.sum(1, dtype=torch.int32)
-            self._hold(self.kv.appended(counts.to(self.kv.seq_lens.device), int(counts.max())))
+            lens = counts.to(self.kv.seq_lens.device)
+            self._hold(self.kv.appended(lens, int(counts.max()), int(counts.min())))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``b`` become what row ``beam_idx[b]`` was, in the same buffers."""
@@ -229,7 +230,7 @@ class FlashCoreLayer(CacheLayerMixin):  # type: ignore[misc]
         used = self._used()
         for new, old in zip(fresh, self.kv, strict=True):
             new[:, :, :used] = old[:, :, :used].index_select(0, rows)
-        fresh.max_len = self.kv.max_len
+        fresh.max_len, fresh.min_len = self.kv.max_len, self.kv.min_len
         fresh.seq_lens = self.kv.seq_lens
         self._select_lengths(fresh, rows)
 
@@ -249,7 +250,7 @@ class FlashCoreLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _select_lengths(self, kv: KVCache, rows: Tensor) -> None:
         longest = self.columns if kv.max_len is None else kv.max_len
-        self._hold(kv.appended(kv.seq_lens.index_select(0, rows), longest))
+        self._hold(kv.appended(kv.seq_lens.index_select(0, rows), longest, kv.min_len))
         if self.real is not None:
             self.real = self.real[rows.cpu()]
 
@@ -260,5 +261,6 @@ class FlashCoreLayer(CacheLayerMixin):  # type: ignore[misc]
         copy.columns, copy.real, copy._module = self.columns, self.real, self._module
         if self.kv is not None:
             k_cache, v_cache = (buffer.clone() for buffer in self.kv)
-            copy._hold(KVCache(k_cache, v_cache, self.kv.seq_lens.clone(), max_len=self.kv.max_len))
+            lens = self.kv.seq_lens.clone()
+            copy._hold(KVCache(k_cache, v_cache, lens, max_len=self.kv.max_len, min_len=self.kv.min_len))
         return copy

@@ -96,7 +96,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch counts a chunk as one token",
         "repeated chunks of several tokens",
-        (Edit(RELAUNCH, "past.repeated(rows, after, bound + self.q_len)", "past.repeated(rows, after, bound + 1)"),),
+        (Edit(RELAUNCH, "past.repeated(rows, after, bound + self.q_len,", "past.repeated(rows, after, bound + 1,"),),
         STEPS,
     ),
     Mutant(

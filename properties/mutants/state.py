@@ -105,7 +105,7 @@ MUTANTS = (
         "STATE",
         "a repeated launch's cache keeps the bound it had before",
         "a KVCache's third decode step",
-        (Edit(RELAUNCH, "past.repeated(rows, after, bound + self.q_len)", "past.repeated(rows, after, bound)"),),
+        (Edit(RELAUNCH, "past.repeated(rows, after, bound + self.q_len,", "past.repeated(rows, after, bound,"),),
         REPEATED,
     ),
     Mutant(

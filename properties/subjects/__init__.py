@@ -101,6 +101,7 @@ class Subject:
         slow: whether a case takes seconds, as when a shape is compiled: cases are small on a GPU too, and one that runs
             for minutes is no hang yet.
         paths: contexts that force one of its kernels each, by name; on a correct one they agree.
+        unsplit: context in which all keys of a row lie in one split, if it splits them otherwise.
         checks_arguments: it refuses every malformed argument.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).
         capabilities: what it offers.
@@ -118,6 +119,7 @@ class Subject:
     model: Callable[[str], ArithmeticModel] = permissive
     slow: bool = False
     paths: Mapping[str, Callable[[Case], AbstractContextManager[Any]]] = field(default_factory=dict)
+    unsplit: Callable[[Case], AbstractContextManager[Any]] = _unforced
     checks_arguments: bool = False
     is_disturbed: bool = False
     capabilities: Capabilities = EVERYTHING

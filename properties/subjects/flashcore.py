@@ -32,6 +32,11 @@ def in_few_splits(case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=3)
 
 
+def unsplit(_: Case) -> AbstractContextManager[None]:
+    """Force one split a row, of whatever length."""
+    return tuning.forced(max_splits=1)
+
+
 def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     """The tiles of one row, as the launch plan cuts them; call inside ``forced``."""
     plan = tuning.plan(
@@ -79,4 +84,5 @@ def subject() -> Subject:
             "split": partial(on_path, "split"),
             "few splits": in_few_splits,
         },
+        unsplit=unsplit,
     )

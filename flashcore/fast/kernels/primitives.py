@@ -8,12 +8,16 @@ for all heads of the group. A *segment* is a run of keys in one buffer: the cach
 import triton
 import triton.language as tl
 
+from flashcore.fast import tuning
+
 # Bits of a kernel's ``flags``: what a call has and wants. They are run-time values, since nothing is compiled
 # differently for them that could run faster.
 HAS_SEQ_LENS = tl.constexpr(1)
 HAS_NEW_LENS = tl.constexpr(2)
 APPEND = tl.constexpr(4)
 RETURN_LSE = tl.constexpr(8)
+
+SPLIT_GROUP = tl.constexpr(tuning.SPLIT_GROUP)
 
 
 @triton.jit
@@ -238,6 +242,13 @@ def finish(acc, m_i, l_i, row_sees_keys):
 
 
 @triton.jit
+def no_keys(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The running state before any key: acc [BLOCK_M, BLOCK_D], m_i and l_i [BLOCK_M]."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    return acc, tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
 def merge_partial(acc, m_i, l_i, acc_s, m_s, l_s):
     """Fold the state of one split, [BLOCK_M, BLOCK_D] and [BLOCK_M] float32, into the running one.
 
@@ -248,7 +259,40 @@ def merge_partial(acc, m_i, l_i, acc_s, m_s, l_s):
     m_base = tl.where(m_new == -float("inf"), 0.0, m_new)
     alpha = tl.exp2(m_i - m_base)
     beta = tl.exp2(m_s - m_base)
-    return acc * alpha[:, None] + acc_s * beta[:, None], m_new, l_i * alpha + l_s * beta
+    # Never -0: so merging an empty split is the identity, and a group of splits may be merged with nothing first.
+    return acc * alpha[:, None] + acc_s * beta[:, None] + 0.0, m_new, l_i * alpha + l_s * beta
+
+
+@triton.jit
+def merge_stored(
+    partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, num_partials, head_dim, in_tile,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ARE_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Merge the stored states of a row's splits or groups of splits (ARE_GROUPS), in their order: the same bits always.
+
+    The first begins at row ``scratch`` of each array, the others follow ``step`` rows apart.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = (offs_d < head_dim)[None, :]
+    acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
+    for first in range(0, num_partials, SPLIT_GROUP):
+        group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+        for i in tl.static_range(SPLIT_GROUP):  # the latencies of their loads overlap
+            exists = in_tile & (first + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)
+            at = scratch + (first + i) * step + rows
+            m_s = tl.load(partial_m_ptr + at, mask=exists, other=-float("inf"))
+            l_s = tl.load(partial_l_ptr + at, mask=exists, other=0.0)
+            acc_s = tl.load(
+                partial_out_ptr + at[:, None] * head_dim + offs_d[None, :], mask=exists[:, None] & mask_d, other=0.0
+            )
+            if ARE_GROUPS:
+                acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
+            else:
+                group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_s, m_s, l_s)
+        if not ARE_GROUPS:
+            acc, m_i, l_i = merge_partial(acc, m_i, l_i, group_acc, group_m, group_l)
+    return acc, m_i, l_i
 
 
 @triton.jit
@@ -318,18 +362,18 @@ def tile_rows(
 
 
 @triton.jit
-def split_range(s, cached, kv_split_size, min_splits, max_splits, BLOCK_N: tl.constexpr):
-    """Number of splits of a row with ``cached`` slots, and the slots ``[start, stop)`` of split ``s``.
+def row_splits(cached, kv_split_size, few_splits, max_splits, BLOCK_N: tl.constexpr):
+    """Number of splits of a row with ``cached`` slots, and the slots of each but the last, in whole tiles.
 
-    ``LaunchPlan.split_size`` is the same arithmetic on the host: one split up to ``kv_split_size`` slots, beyond
-    as many of at most that size as are needed, but from ``min_splits`` to ``max_splits`` of them; all of the same size,
-    in whole tiles, but for the last.
+    ``LaunchPlan.grid_splits`` and ``split_size`` are the same arithmetic on the host. Splits of ``kv_split_size`` until
+    there are ``few_splits``, of twice that until there are twice as many, then of eight times that; longer ones rather
+    than more than ``max_splits``.
     """
-    wanted = tl.minimum(tl.maximum(tl.cdiv(cached, kv_split_size), min_splits), max_splits)
-    wanted = tl.where(cached <= kv_split_size, 1, wanted)
-    size = tl.maximum(tl.cdiv(tl.cdiv(cached, wanted), BLOCK_N), 1) * BLOCK_N
-    start = s * size
-    return tl.maximum(tl.cdiv(cached, size), 1), start, tl.minimum(start + size, cached)
+    wanted = tl.minimum(tl.cdiv(cached, kv_split_size), few_splits)
+    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(cached, 2 * kv_split_size), 2 * few_splits))
+    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size)), max_splits)
+    size = tl.maximum(tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) * BLOCK_N
+    return tl.maximum(tl.cdiv(cached, size), 1), size
 
 
 @triton.jit

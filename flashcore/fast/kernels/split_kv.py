@@ -8,6 +8,7 @@ from flashcore.fast.kernels.primitives import (
     HAS_NEW_LENS,
     HAS_SEQ_LENS,
     RETURN_LSE,
+    SPLIT_GROUP,
     attend_new_tile,
     attend_one_key,
     attend_tile,
@@ -16,9 +17,11 @@ from flashcore.fast.kernels.primitives import (
     known_multiples_of_8,
     load_tile,
     merge_partial,
+    merge_stored,
+    no_keys,
     report_fault,
     row_lengths,
-    split_range,
+    row_splits,
     store_tokens,
     tile_rows,
 )
@@ -27,7 +30,7 @@ from flashcore.fast.kernels.primitives import (
 # the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit flags
-    grid_splits kv_split_size min_splits max_splits
+    grid_splits splits_per_program kv_split_size few_splits max_splits
     stride_seq stride_new
     stride_qb stride_qh stride_qm
     stride_kcb stride_kch stride_kcn stride_vcb stride_vch stride_vcn
@@ -41,13 +44,13 @@ def split_kv_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
     qk_scale,
     max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, flags,
-    grid_splits, kv_split_size, min_splits, max_splits,
+    grid_splits, splits_per_program, kv_split_size, few_splits, max_splits,
     stride_seq, stride_new,
     stride_qb, stride_qh, stride_qm,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
-    ONE_QUERY: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
+    ONE_QUERY: tl.constexpr, SEVERAL: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of (query, head) rows to one range of the cached keys; the last program to arrive merges.
 
@@ -65,18 +68,21 @@ def split_kv_attention(
     stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
     stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
     # The splits of a row are neighbours, so that rows are finished, and merged, while others are still read.
-    s = tl.program_id(0) % grid_splits
-    h = tl.program_id(0) // grid_splits % num_kv_heads
-    b = tl.program_id(0) // grid_splits // num_kv_heads
+    row_programs = tl.cdiv(grid_splits, splits_per_program)
+    first_split = tl.program_id(0) % row_programs * splits_per_program
+    h = tl.program_id(0) // row_programs % num_kv_heads
+    b = tl.program_id(0) // row_programs // num_kv_heads
     tile = tl.program_id(1)
 
     cached, new_keys, num_queries, lengths_ok = row_lengths(
         b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
     )
-    num_splits, start, stop = split_range(s, cached, kv_split_size, min_splits, max_splits, BLOCK_N)
-    if s >= num_splits:
+    num_splits, split_size = row_splits(cached, kv_split_size, few_splits, max_splits, BLOCK_N)
+    if first_split >= num_splits:
         return
-    is_last = s == num_splits - 1
+    is_last = first_split + splits_per_program >= num_splits
+    start = first_split * split_size
+    stop = tl.minimum(start + splits_per_program * split_size, cached)
     query, head, in_tile, real, row_limit, _, _ = tile_rows(
         tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, ONE_QUERY
     )
@@ -117,12 +123,31 @@ def split_kv_attention(
             tl.store(k_cache_ptr + slot * stride_kcn + offs_d, k_one, mask=one_visible)
             tl.store(v_cache_ptr + slot * stride_vcn + offs_d, v_one, mask=one_visible)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    rows = tl.arange(0, BLOCK_M)
+    # Where this row's first split keeps its state; the others follow, a step apart.
+    step = q_len * group_size
+    scratch = (b64 * num_kv_heads + h) * grid_splits * step + tile * BLOCK_M
+    in_partial = rows[:, None] * head_dim + offs_d[None, :]
+    partial_mask = in_tile[:, None] & in_head[None, :]
+    acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
+    if SEVERAL:
+        # Of this program: the finished splits of the current group, and the finished groups.
+        group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+        row_acc, row_m, row_l = no_keys(BLOCK_M, BLOCK_D)
+        split_stop = start + split_size
+        group_stop = start + SPLIT_GROUP * split_size
     # Every query sees every cached slot: only the new tokens have a diagonal.
     cached_limit = tl.zeros([BLOCK_M], tl.int32) + stop
     for start_n in range(start, stop, BLOCK_N):
+        if SEVERAL:
+            if start_n == split_stop:
+                group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc, m_i, l_i)
+                acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
+                split_stop += split_size
+                if start_n == group_stop:
+                    row_acc, row_m, row_l = merge_partial(row_acc, row_m, row_l, group_acc, group_m, group_l)
+                    group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+                    group_stop += SPLIT_GROUP * split_size
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, start_n, stop, cached_limit, qk_scale, head_dim,
             stride_kcn, stride_vcn, BLOCK_N, BLOCK_D, True, MASK_D, False, WIDE, True,
@@ -144,42 +169,29 @@ def split_kv_attention(
                     stride_kcn, stride_vcn, BLOCK_NEW, BLOCK_D,
                 )  # fmt: skip
 
+    has_whole_row = splits_per_program >= num_splits
+    if SEVERAL:
+        if num_splits > 1:
+            acc, m_i, l_i = merge_partial(group_acc, group_m, group_l, acc, m_i, l_i)
+            if has_whole_row:
+                acc, m_i, l_i = merge_partial(row_acc, row_m, row_l, acc, m_i, l_i)
     merges = True
-    if num_splits > 1:
-        row_tiles = tl.num_programs(1)
-        # Where this row's first split keeps its state; the others follow, a step apart.
-        step = q_len * group_size
-        first_split = (b64 * num_kv_heads + h) * grid_splits * step + tile * BLOCK_M
-        rows = tl.arange(0, BLOCK_M)
-        in_partial = rows[:, None] * head_dim + offs_d[None, :]
-        partial_mask = in_tile[:, None] & in_head[None, :]
-        mine = first_split + s * step
+    if has_whole_row == 0:
+        num_partials = tl.cdiv(num_splits, splits_per_program)
+        mine = scratch + first_split // splits_per_program * step
         tl.store(partial_out_ptr + mine * head_dim + in_partial, acc, mask=partial_mask)
         tl.store(partial_m_ptr + mine + rows, m_i, mask=in_tile)
         tl.store(partial_l_ptr + mine + rows, l_i, mask=in_tile)
         # Every thread's stores come before the arrival that publishes them.
         tl.debug_barrier()
-        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile
-        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_splits - 1
+        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * tl.num_programs(1) + tile
+        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1
         if merges:
             tl.store(arrival_ptr, 0)
-            # In split order, whoever arrives last: the same bits every time.
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            l_i = tl.zeros([BLOCK_M], tl.float32)
-            # Several splits a step, as registers allow: the latencies of their loads overlap.
-            SPLITS_A_STEP: tl.constexpr = 4 if BLOCK_M * BLOCK_D <= 2048 else 1
-            for first in range(0, num_splits, SPLITS_A_STEP):
-                for i in tl.static_range(SPLITS_A_STEP):
-                    exists = in_tile & (first + i + tl.zeros([BLOCK_M], tl.int32) < num_splits)
-                    theirs = first_split + (first + i) * step
-                    acc_s = tl.load(
-                        partial_out_ptr + theirs * head_dim + in_partial,
-                        mask=exists[:, None] & in_head[None, :], other=0.0,
-                    )  # fmt: skip
-                    m_s = tl.load(partial_m_ptr + theirs + rows, mask=exists, other=-float("inf"))
-                    l_s = tl.load(partial_l_ptr + theirs + rows, mask=exists, other=0.0)
-                    acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
+            acc, m_i, l_i = merge_stored(
+                partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, num_partials, head_dim, in_tile,
+                BLOCK_M, BLOCK_D, SEVERAL,
+            )  # fmt: skip
     if merges:
         out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))
         out_row = (b64 * num_kv_heads * group_size + q_head) * q_len + query
