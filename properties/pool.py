@@ -81,6 +81,7 @@ class Worker:
         self._setup = Setup(subject, device, str(self._path), gpu, first_on_path)
         self._journal = Journal(self._path)
         self._cases_before = 0
+        self._timed = (0.0, 0.0)
         self._start()
 
     def _start(self) -> None:
@@ -127,7 +128,8 @@ class Worker:
         """The answer to the task, a ``Death``, or None if it is still at work.
 
         Args:
-            case_seconds: a case that runs longer than this is a hang.
+            case_seconds: a case that runs longer than this is a hang; time in which others had the processor does not
+                count.
             patience: how long to wait for the answer.
         """
         try:
@@ -139,7 +141,7 @@ class Worker:
             self.process.join()
             return self._death("crash", _how_it_ended(self.process.exitcode))
         entry = self.entry()
-        if entry.running and time.monotonic() - entry.began > case_seconds:
+        if entry.running and self._ran(entry) > case_seconds:
             self.process.kill()
             self.process.join()
             return self._death("hang", f"did not return within {case_seconds:.0f} s")
@@ -151,6 +153,13 @@ class Worker:
                 "memory", f"held {held / 2**30:.1f} GiB, more than the {self.memory / 2**30:.1f} allowed"
             )
         return None
+
+    def _ran(self, entry: Entry) -> float:
+        """Seconds of the running case, without those in which the process waited for a processor."""
+        waited = _waited(self.process.pid)
+        if self._timed[0] != entry.began:
+            self._timed = entry.began, waited
+        return time.monotonic() - entry.began - (waited - self._timed[1])
 
     def _death(self, kind: str, how: str) -> Death:
         entry = self.entry()
@@ -226,6 +235,14 @@ def _held(pid: int | None) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def _waited(pid: int | None) -> float:
+    """Seconds for which a process was ready to run and had no processor; 0 if nobody says."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _how_it_ended(exitcode: int | None) -> str:

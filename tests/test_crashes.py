@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from properties import verify
+from properties import pool, verify
 from properties.case import Case, Row
 from properties.journal import Journal
 from properties.progress import Progress
@@ -55,14 +55,43 @@ def test_death_is_a_verdict_with_a_small_case(kernel: str, kind: str, words: str
 def test_a_kernel_that_is_compiled_for_each_shape_may_take_longer(
     asked: float | None, is_slow: bool, allowed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = MagicMock(workers=[MagicMock()])
-    pool.workers[0].ready.return_value = Ready(is_slow=is_slow)
-    pool.idle.return_value = pool.busy.return_value = []
-    monkeypatch.setattr(verify, "Pool", MagicMock(return_value=pool))
+    workers = MagicMock(workers=[MagicMock()])
+    workers.workers[0].ready.return_value = Ready(is_slow=is_slow)
+    workers.idle.return_value = workers.busy.return_value = []
+    monkeypatch.setattr(verify, "Pool", MagicMock(return_value=workers))
     verification = verify.Verification(verify.Options(case_seconds=asked, regressions=tmp_path), Progress())
 
     assert verification.run() == verify.EXIT_HOLDS
     assert verification.case_seconds == allowed
+
+
+@pytest.mark.parametrize(("waited", "is_hang"), [(0.0, True), (55.0, True), (75.0, False)])
+def test_time_without_a_processor_is_no_time_of_the_case(
+    waited: float, is_hang: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of low priority on a busy machine once stood still for 30 s: a hang that was none."""
+    clock, queue = [0.0], [5.0]
+    monkeypatch.setattr(pool, "_waited", lambda _: queue[0])
+    monkeypatch.setattr(pool.Worker, "_start", lambda self: setattr(self, "process", MagicMock(pid=1)))
+    monkeypatch.setattr(pool, "_held", lambda _: 0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    worker = pool.Worker(tmp_path, 0, "flashcore", "cpu")
+    worker.connection = MagicMock()
+    worker.connection.poll.return_value = False
+    entry = MagicMock(running=True, began=0.0, cases=1, law="a_law", case_json="")
+    monkeypatch.setattr(worker, "entry", lambda: entry)
+
+    assert worker.collect(30.0) is None
+    clock[0], queue[0] = 100.0, 5.0 + waited
+
+    death = worker.collect(30.0)
+
+    assert (death is not None) is is_hang
+    assert not is_hang or death.kind == "hang"
+
+
+def test_a_process_that_is_not_there_has_not_waited() -> None:
+    assert pool._waited(None) == 0.0
 
 
 def test_taking_memory_without_end_is_a_verdict_too(tmp_path: Path) -> None:
