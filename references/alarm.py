@@ -39,8 +39,9 @@ class ByGap:
 
 def by_gap(exact: Softmax) -> ByGap:
     """Sort the keys of every row."""
-    order = np.argsort(exact.gap, axis=-1, kind="stable")
-    return ByGap(order, np.take_along_axis(exact.gap, order, axis=-1))
+    gap = -exact.gap
+    order = np.argsort(gap, axis=-1, kind="stable")
+    return ByGap(order, np.take_along_axis(gap, order, axis=-1))
 
 
 def _begins(labels: Float64Array) -> BoolArray:

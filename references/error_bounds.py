@@ -219,40 +219,39 @@ def _budgets(
             inputs = zip(several, (clean for _, _, clean in cleaned), strict=True)
             together = _sequences([Sequence(*clean, one.visible, one.tiles) for one, clean in inputs])
             sizes = magnitudes_of(together, fmt, arithmetic.fused)
-        exact = softmax_of(together, scale, sizes)
+        exact = softmax_of(together, scale)
         tiles = [layout(one.tiles, one.key.shape[1]) for one in several]
         step = arithmetic.products_per_step if arithmetic.fused else 1
         seen = counts(together.visible, tiles, step)
-        (out,) = together.sums(together.value, exact.weight)
-        centred = Centred(together, exact, out)
+        (out,) = together.sums(together.value, exact.power)
+        out /= exact.total[..., None]
+        centred = Centred(together, out)
         problem = Problem(together, exact, sizes, out, np.abs(out), centred, seen)
         deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
-        terms, share_sum = out_terms(problem, deviations, arithmetic)
-        of_lse = lse_terms(problem, deviations, share_sum, arithmetic)
+        terms, total, share_sum = out_terms(problem, deviations, arithmetic)
+        of_lse, lse_total = lse_terms(problem, deviations, share_sum, arithmetic)
         if alarm_lambda is not None:
             arithmetic = arithmetic_of(model, fmt, arithmetic.head_dim, alarm_lambda)
             deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
             keys = by_gap(exact)
-            likely, share_sum = out_terms(problem, deviations, arithmetic, keys)
-            _take_smaller(terms, likely)
-            _take_smaller(of_lse, lse_terms(problem, deviations, share_sum, arithmetic, keys))
+            likely, likely_total, share_sum = out_terms(problem, deviations, arithmetic, keys)
+            _take_smaller(terms, total, likely, likely_total)
+            _take_smaller(of_lse, lse_total, *lse_terms(problem, deviations, share_sum, arithmetic, keys))
 
-    results = []
-    for parts in (terms, of_lse):
+    for parts, sum_of_parts in ((terms, total), (of_lse, lse_total)):
+        np.multiply(sum_of_parts, ORACLE_SHARE, out=parts[-1])
+        sum_of_parts += parts[-1]
         if exact.blind is not None:
             parts[:, :, exact.blind] = 0.0
-        total = np.add.reduce(parts[:-1])
-        np.multiply(total, ORACLE_SHARE, out=parts[-1])
-        total += parts[-1]
-        results.append(total)
+            sum_of_parts[:, exact.blind] = 0.0
     found = []
     for one, rows, (bad, lse_bad) in zip(several, together.rows, unbounded, strict=True):
         shape = one.query.shape[:2]
-        out, lse = results[0][:, rows].reshape(*shape, -1), results[1][:, rows].reshape(shape)
+        out, lse = total[:, rows].reshape(*shape, -1), lse_total[:, rows].reshape(shape)
         parts, lse_parts = terms[:, :, rows], of_lse[:, :, rows]
-        for total, its_parts, where in ((out, parts, bad), (lse, lse_parts, lse_bad)):
+        for allowed, its_parts, where in ((out, parts, bad), (lse, lse_parts, lse_bad)):
             if where is not None:
-                total[where] = np.nan
+                allowed[where] = np.nan
                 its_parts[:, where.reshape(its_parts.shape[1:])] = np.nan
         if finite or surely_finite(_largest(one), one.key.shape[1], scale, arithmetic):
             free = np.ones(shape, np.bool_)
@@ -273,6 +272,8 @@ def _nothing(shape: tuple[int, int], head_dim: int) -> Budget:
     return Budget(parts[0], lse_parts[0], np.ones(shape, np.bool_), parts, lse_parts)
 
 
-def _take_smaller(gate: Float64Array, alarm: Float64Array) -> None:
-    """Take the terms of whichever budget is smaller, element by element; [terms, ...]."""
-    np.copyto(gate, alarm, where=np.add.reduce(alarm[:-1]) < np.add.reduce(gate[:-1]))
+def _take_smaller(gate: Float64Array, gate_total: Float64Array, alarm: Float64Array, alarm_total: Float64Array) -> None:
+    """Take the terms [terms, ...] of whichever budget is smaller, element by element."""
+    smaller = alarm_total < gate_total
+    np.copyto(gate, alarm, where=smaller)
+    np.copyto(gate_total, alarm_total, where=smaller)

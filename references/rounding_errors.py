@@ -38,16 +38,6 @@ def gamma_random(count: Count, u: float, confidence: float) -> Error:
     return np.minimum(gamma(count, u), likely)
 
 
-def expm1_bound(x: Float64Array, largest: float) -> Float64Array:
-    """At least exp(x) - 1, for 0 <= x <= largest; cheaper than expm1 where x is small."""
-    if not largest <= 0.5:
-        with np.errstate(over="ignore"):
-            return np.expm1(x)
-    bound = x + 1  # exp(x) <= 1 + x + x**2 up to 1.79
-    bound *= x
-    return bound
-
-
 @dataclass(frozen=True)
 class Arithmetic:
     """A model applied to one input format.

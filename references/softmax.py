@@ -56,7 +56,7 @@ Made = Float64Array | Callable[[Piece], Float64Array]
 
 def taken(made: Made, piece: Piece) -> Float64Array:
     """A piece of it."""
-    return made(piece) if callable(made) else made[piece.heads, piece.keys]
+    return made(piece) if callable(made) else made[..., piece.heads, piece.keys, :]
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,24 @@ class Sequences:
     def _ends(self) -> list[int]:
         return [keys.stop for keys in self.keys]
 
-    @cached_property
-    def _room(self) -> Float64Array:
-        return np.empty(max(NUMBERS_AT_ONCE, self.key.shape[-1]))
+    def made(self, x: Float64Array, make: Make, several: int = 0) -> Made:
+        """Something made of ``key`` or ``value``: now if there is one piece, else whenever a piece of it is taken.
 
-    def made(self, x: Float64Array, make: Make) -> Made:
-        """Something made of ``key`` or ``value``: now if there is one piece, else whenever a piece of it is taken."""
+        Args:
+            x: ``key`` or ``value``.
+            make: what makes it.
+            several: 0: an array like ``x``. Else so many, [several, ...].
+        """
+        before = (several,) if several else ()
         if len(self.pieces) == 1:
-            return make(x, self.pieces[0], np.empty_like(x))
-        return lambda piece: self._made(x, make, piece)
+            return make(x, self.pieces[0], np.empty((*before, *x.shape)))
+        room = np.empty(max(1, several) * max(NUMBERS_AT_ONCE, x.shape[-1]))
 
-    def _made(self, x: Float64Array, make: Make, piece: Piece) -> Float64Array:
-        mine = x[piece.heads, piece.keys]
-        return make(mine, piece, self._room[: mine.size].reshape(mine.shape))
+        def of_piece(piece: Piece) -> Float64Array:
+            mine = x[piece.heads, piece.keys]
+            return make(mine, piece, room[: max(1, several) * mine.size].reshape(*before, *mine.shape))
+
+        return of_piece
 
     def scores(self, query: Float64Array, of_keys: Made) -> Float64Array:
         """query . key, [num_kv_heads, rows, kv_len]; 0 beyond the keys of a sequence."""
@@ -147,19 +152,22 @@ class Sequences:
         return result
 
     def sums(self, of_values: Made, *weights: Float64Array) -> list[Float64Array]:
-        """Sums over keys with weights [num_kv_heads, rows, kv_len]: [num_kv_heads, rows, head_dim] each."""
+        """Sums over keys with weights [num_kv_heads, rows, kv_len]: [..., num_kv_heads, rows, head_dim] each."""
         if len(self.rows) == 1 and not callable(of_values):
             return [weight @ of_values for weight in weights]
-        results = [np.empty(self.query.shape) for _ in weights]
+        results: list[Float64Array] = []
         for piece in self.pieces:
             value = taken(of_values, piece)
+            if not results:
+                results = [np.empty((*value.shape[:-3], *self.query.shape)) for _ in weights]
             for rows, keys, columns in piece.parts:
+                its_value = value[..., keys, :]
                 for weight, result in zip(weights, results, strict=True):
-                    its_weight, its_value = weight[piece.heads, rows, columns], value[:, keys]
+                    its_weight, its_result = weight[piece.heads, rows, columns], result[..., piece.heads, rows, :]
                     if columns.start == 0:
-                        np.matmul(its_weight, its_value, out=result[piece.heads, rows])
+                        np.matmul(its_weight, its_value, out=its_result)
                     else:
-                        result[piece.heads, rows] += its_weight @ its_value
+                        its_result += its_weight @ its_value
         return results
 
     @cached_property
@@ -176,28 +184,35 @@ class Sequences:
         """[rows]: where in ``key`` the keys of the sequence of each row begin."""
         return np.repeat(self.sizes[2], self.sizes[1])
 
-    def of_rows(self, sequences: Float64Array) -> Float64Array:
-        """[.., sequences, columns] to [.., rows, columns], or what broadcasts to it."""
-        return sequences if len(self.rows) == 1 else np.repeat(sequences, self.sizes[1], axis=-2)
+    def times(self, of_sequences: Float64Array, of_rows: Float64Array) -> Float64Array:
+        """[num_kv_heads, sequences, columns] times [num_kv_heads, rows]: [num_kv_heads, rows, columns]."""
+        if len(self.rows) == 1:
+            return of_sequences * of_rows[..., None]
+        result = np.empty((*of_rows.shape, of_sequences.shape[-1]))
+        for sequence, rows in enumerate(self.rows):
+            np.multiply(of_sequences[:, sequence, None], of_rows[:, rows, None], out=result[:, rows])
+        return result
 
 
 @dataclass(frozen=True)
 class Softmax:
     """Logits in base 2 and their weights; [num_kv_heads, rows, kv_len] unless said otherwise.
 
-    Hidden keys have weight and gap 0; the sizes say nothing of them.
+    Hidden keys have power and gap 0.
     """
 
     hidden: BoolArray | None  # [rows, kv_len]; None: every row sees every key
     blind: BoolArray | None  # [rows] which see no key; None: there is none
     logit: Float64Array  # -inf where hidden
-    magnitude: Float64Array  # abs(logit)
-    products: Float64Array  # sum_d abs(q_d k_d), subnormal factors lifted: what rounding errors of q.k are relative to
-    gap: Float64Array  # distance of the logit from the largest one, in octaves
+    gap: Float64Array  # logit less the largest one, in octaves: never above 0
     largest_gap: float
     peak: Float64Array  # [num_kv_heads, rows] largest logit, 0 without keys
-    total: Float64Array  # [num_kv_heads, rows] sum of 2**-gap, 1 without keys
-    weight: Float64Array
+    power: Float64Array  # 2**gap
+    total: Float64Array  # [num_kv_heads, rows] sum of the powers, 1 without keys
+
+    def weight(self) -> Float64Array:
+        """What the powers are of their total."""
+        return self.power / self.total[..., None]
 
 
 def lifted_magnitude(magnitude: Float64Array, fmt: Format, fused: bool) -> Float64Array:
@@ -257,27 +272,25 @@ def magnitudes_of(sequences: Sequences, fmt: Format, fused: bool) -> Magnitudes:
     )
 
 
-def softmax_of(sequences: Sequences, scale: float, sizes: Magnitudes) -> Softmax:
-    """The softmax of finite inputs, whose sizes are given."""
+def softmax_of(sequences: Sequences, scale: float) -> Softmax:
+    """The softmax of finite inputs."""
     hidden = sequences.hidden
     logit = sequences.scores(sequences.query * (scale * LOG2_E), sequences.key)
-    products = sequences.scores(sizes.query, sizes.key)
-    magnitude = np.abs(logit)
     blind: BoolArray | None = None
     if hidden is not None:
         np.copyto(logit, -np.inf, where=hidden)
         sees_none: BoolArray = np.asarray(hidden.all(axis=-1))
         blind = sees_none if sees_none.any() else None
-    peak = logit.max(axis=-1)
+    peak = np.maximum.reduce(logit, axis=-1)
     if blind is not None:
         peak[:, blind] = 0.0
     gap = logit - peak[..., None]
-    weight = np.exp2(gap)
-    np.negative(gap, out=gap)
-    if hidden is not None:
+    if hidden is not None:  # exp2 of what underflows is several times as slow
         np.copyto(gap, 0.0, where=hidden)
-    total = weight.sum(axis=-1)
+    power = np.exp2(gap)
+    if hidden is not None:
+        np.copyto(power, 0.0, where=hidden)
+    total = np.add.reduce(power, axis=-1)
     if blind is not None:
         total[:, blind] = 1.0
-    weight /= total[..., None]
-    return Softmax(hidden, blind, logit, magnitude, products, gap, float(gap.max()), peak, total, weight)
+    return Softmax(hidden, blind, logit, gap, -float(np.minimum.reduce(gap, axis=None)), peak, power, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,14 +60,24 @@ class Layout:
     Attributes:
         starts: [tiles] first key of each.
         widths: [tiles] keys of each.
-        real: [splits, most tiles of a split] which of these places hold a tile, in order.
+        place, split: [tiles] the place of each in its split, and the split.
+        shape: most tiles of a split, and splits.
         kv_len: keys of all tiles.
     """
 
     starts: IntArray
     widths: IntArray
-    real: BoolArray
+    place: IntArray
+    split: IntArray
+    shape: tuple[int, int]
     kv_len: int
+
+    @cached_property
+    def all_keys(self) -> IntArray:
+        """[tiles of a split, splits, 1], the keys of each tile."""
+        keys = np.zeros((*self.shape, 1), dtype=np.int64)
+        keys[self.place, self.split, 0] = self.widths
+        return keys
 
 
 @lru_cache(maxsize=1024)
@@ -82,9 +92,9 @@ def layout(tiles: Tiles, kv_len: int) -> Layout:
     starts = [start for start, _ in flat]
     if [0, *(stop for _, stop in flat)] != [*starts, kv_len] or any(a >= b for a, b in flat):
         raise ValueError(f"tiles must cover the keys [0, {kv_len}) in order, got {tiles}")
-    lengths = np.array([len(split) for split in splits])
-    real = np.arange(lengths.max()) < lengths[:, None]
-    return Layout(np.array(starts), np.array([b - a for a, b in flat]), real, kv_len)
+    place, split = np.array([(i, split) for split, its in enumerate(splits) for i in range(len(its))]).T
+    shape = (max(map(len, splits)), len(splits))
+    return Layout(np.array(starts), np.array([b - a for a, b in flat]), place, split, shape, kv_len)
 
 
 @dataclass(frozen=True)
@@ -115,59 +125,67 @@ class Counts:
 
 def counts(visible: list[BoolArray], tiles: list[Layout], fused_products: int) -> Counts:
     """Count for the rows of all sequences, one after the other; ``visible`` is [rows, kv_len] of each."""
-    if len(tiles) == 1 and visible[0].all():
+    everything = [bool(np.logical_and.reduce(sees, axis=None)) for sees in visible]
+    if len(tiles) == 1 and everything[0]:
         return _counts_of_all(tiles[0], fused_products)
     ends = list(itertools.accumulate(len(sees) for sees in visible))
     keys = np.zeros((*_most_places(tiles), ends[-1]), dtype=np.int64)
     steps = np.zeros_like(keys) if fused_products > 1 else keys
-    for start, end, sees, order in zip([0, *ends], ends, visible, tiles, strict=False):
-        seen = np.add.reduceat(sees.view(np.uint8), order.starts, axis=-1, dtype=np.int64).T  # [tiles, rows]
-        _put(seen, keys[..., start:end], order)
+    for start, end, sees, sees_all, order in zip([0, *ends], ends, visible, everything, tiles, strict=False):
+        mine = keys[: order.shape[0], : order.shape[1], start:end]
+        if sees_all:
+            mine[...] = order.all_keys
+        else:
+            _put(np.add.reduceat(sees.view(np.uint8), order.starts, axis=-1, dtype=np.int64).T, mine, order)
         if fused_products > 1:
-            most_steps = -(-order.widths[:, None] // fused_products)
-            _put(np.minimum(seen, most_steps), steps[..., start:end], order)
+            most_steps = -(-order.all_keys // fused_products)
+            np.minimum(mine, most_steps, out=steps[: order.shape[0], : order.shape[1], start:end])
     return Counts(*_counts(keys, steps))
 
 
 @lru_cache(maxsize=1024)
 def _counts_of_all(tiles: Layout, fused_products: int) -> Counts:
     """The counts where every row sees every key."""
-    keys, steps = np.zeros((2, *_most_places([tiles]), 1), dtype=np.int64)
-    _put(tiles.widths[:, None], keys, tiles)
-    _put(-(-tiles.widths[:, None] // fused_products), steps, tiles)
-    return Counts(*(int(count[0]) for count in _counts(keys, steps)))
+    keys = tiles.all_keys
+    return Counts(*(int(count[0]) for count in _counts(keys, -(-keys // fused_products))))
 
 
 def _counts(keys: IntArray, steps: IntArray) -> list[IntArray]:
     """The numbers of ``Counts`` from what a row sees of every tile, [tiles of a split, splits, rows]."""
-    in_split = keys.sum(axis=0)
-    tile_keys, split_keys = keys.max(axis=(0, 1)), in_split.max(axis=0)
-    most_tiles, splits = (keys > 0).sum(axis=0).max(axis=0), (in_split > 0).sum(axis=0)
+    add, maximum = np.add.reduce, np.maximum.reduce
+    in_split, sees = add(keys, axis=0), keys > 0
+    if keys.shape[1] == 1:
+        of_row = split_keys = in_split[0]
+        most_tiles, splits = add(sees[:, 0], axis=0), np.minimum(of_row, 1)
+        tile_keys = maximum(keys[:, 0], axis=0)
+    else:
+        of_row, split_keys = add(in_split, axis=0), maximum(in_split, axis=0)
+        most_tiles, splits = maximum(add(sees, axis=0), axis=0), add(in_split > 0, axis=0)
+        tile_keys = maximum(keys, axis=(0, 1))
     return [
-        in_split.sum(axis=0),
+        of_row,
         tile_keys,
         split_keys,
         most_tiles,
         splits,
         np.minimum(tile_keys + most_tiles - 2, split_keys - 1),
         np.maximum(splits - 1, 0),
-        split_keys if steps is keys else steps.sum(axis=0).max(axis=0),
-        tile_keys if steps is keys else steps.max(axis=(0, 1)),
+        split_keys if steps is keys else maximum(add(steps, axis=0), axis=0),
+        tile_keys if steps is keys else maximum(steps, axis=(0, 1)),
     ]
 
 
 def _most_places(tiles: list[Layout]) -> tuple[int, int]:
     """Most tiles of a split, and most splits."""
-    return max(order.real.shape[1] for order in tiles), max(order.real.shape[0] for order in tiles)
+    return max(order.shape[0] for order in tiles), max(order.shape[1] for order in tiles)
 
 
 def _put(of_tiles: NDArray[Any], places: NDArray[Any], order: Layout) -> None:
     """Put [tiles, ...] in their places [tiles of a split, splits, ...]."""
-    splits, most_tiles = order.real.shape
-    if splits == 1:
-        places[:most_tiles, 0] = of_tiles
+    if order.shape[1] == 1:
+        places[: order.shape[0], 0] = of_tiles
     else:
-        places[:most_tiles, :splits].swapaxes(0, 1)[order.real] = of_tiles
+        places[order.place, order.split] = of_tiles
 
 
 @dataclass(frozen=True)
@@ -186,34 +204,31 @@ class Path:
     merge_rescales: Count
 
 
-def _records(upper: Float64Array, lower: Float64Array) -> BoolArray:
-    """True where a maximum in [lower, upper] may exceed all earlier ones, along the first axis.
+def _records(upper: Float64Array, lower: Float64Array) -> IntArray:
+    """How many maxima in [lower, upper], up to each, may exceed all earlier ones, along the first axis.
 
     The first finite one is not a record: what it rescales is zero.
     """
-    before = np.full_like(lower, -np.inf)
-    np.maximum.accumulate(lower[:-1], axis=0, out=before[1:])
-    found: BoolArray = (upper > before) & (before > -np.inf)
-    return found
+    before = np.maximum.accumulate(lower[:-1], axis=0)
+    found = np.zeros(lower.shape, np.bool_)
+    np.greater(upper[1:], before, out=found[1:])
+    found[1:] &= before > -np.inf
+    records: IntArray = np.add.accumulate(found, axis=0, dtype=np.int64)
+    return records
 
 
-def _remaining(records: BoolArray) -> IntArray:
-    """How many records come after each position of the first axis."""
-    so_far = np.cumsum(records, axis=0)
-    remaining: IntArray = so_far[-1] - so_far
-    return remaining
-
-
-def highest(of_keys: Float64Array, rows: list[slice], tiles: list[Layout]) -> Float64Array:
-    """Largest of the numbers [..., rows, kv_len] in each tile; -inf where there is none.
+def highest(several: list[Float64Array], rows: list[slice], tiles: list[Layout]) -> Float64Array:
+    """Largest of the numbers [heads, rows, kv_len] in each tile; -inf where there is none.
 
     Returns:
-        [tiles of a split, splits, ..., rows]
+        [tiles of a split, splits, arrays, heads, rows]
     """
-    of_tiles = np.full((*_most_places(tiles), *of_keys.shape[:-1]), -np.inf)
+    of_tiles = np.full((*_most_places(tiles), len(several), *several[0].shape[:-1]), -np.inf)
     for mine, order in zip(rows, tiles, strict=True):
-        maxima = np.maximum.reduceat(of_keys[..., mine, : order.kv_len], order.starts, axis=-1)
-        _put(np.moveaxis(maxima, -1, 0), of_tiles[..., mine], order)
+        places = of_tiles[..., mine]
+        for i, of_keys in enumerate(several):
+            maxima = np.maximum.reduceat(of_keys[:, mine, : order.kv_len], order.starts, axis=-1)
+            _put(maxima.transpose(2, 0, 1), places[:, :, i], order)
     return of_tiles
 
 
@@ -227,8 +242,8 @@ def path(upper: Float64Array, lower: Float64Array, splits: Count, *, grouped: bo
         grouped: splits are merged in groups of ``MERGE_GROUP``, then the groups.
     """
     records = _records(upper, lower)
-    exps = 1 + _remaining(records)
-    rescales = records.sum(axis=0).max(axis=0)
+    exps = (1 + records[-1]) - records
+    rescales = records[-1, 0] if len(records[-1]) == 1 else np.maximum.reduce(records[-1], axis=0)
     merge_rescales: Count = 0
     num_splits = upper.shape[1]
     if num_splits > 1:
@@ -255,7 +270,7 @@ def _merging(upper: Float64Array, lower: Float64Array, splits: Count) -> tuple[I
     """
     records = _records(upper, lower)
     several = np.asarray(splits) > 1
-    return several * (1 + _remaining(records)), several * (1 + records.sum(axis=0))
+    return several * (1 + records[-1] - records), several * (1 + records[-1])
 
 
 def _in_groups(of_splits: Float64Array) -> Float64Array:
@@ -265,17 +280,11 @@ def _in_groups(of_splits: Float64Array) -> Float64Array:
     return places.reshape(-1, MERGE_GROUP, *of_splits.shape[1:]).swapaxes(0, 1)
 
 
-def add_to_keys(
-    of_all: Float64Array, of_tiles: NDArray[np.floating[Any]] | float, rows: list[slice], tiles: list[Layout]
-) -> None:
-    """Add [tiles of a split, splits, heads, rows], or one number for all tiles, to [heads, rows, kv_len]."""
-    if isinstance(of_tiles, float) or of_tiles.shape[:2] == (1, 1):
-        of_all += of_tiles if isinstance(of_tiles, float) else of_tiles[0, 0, ..., None]
-        return
+def add_to_keys(of_all: Float64Array, of_tiles: Float64Array, rows: list[slice], tiles: list[Layout]) -> None:
+    """Add [tiles of a split, splits, heads, rows] to [heads, rows, kv_len]."""
     for mine, order in zip(rows, tiles, strict=True):
-        splits, most_tiles = order.real.shape
-        places = of_tiles[:most_tiles, :splits, :, mine]
-        in_order = places[:, 0] if splits == 1 else places.swapaxes(0, 1)[order.real]
+        places = of_tiles[..., mine]
+        in_order = places[: order.shape[0], 0] if order.shape[1] == 1 else places[order.place, order.split]
         of_all[:, mine, : order.kv_len] += np.repeat(in_order.transpose(1, 2, 0), order.widths, axis=-1)
 
 

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from references.rounding_errors import Arithmetic, Error, expm1_bound
+from references.rounding_errors import Arithmetic, Error
 from references.softmax import LN_2, LOG2_E, Magnitudes, Sequences, Softmax
-from references.tiling import ONE_TILE, Counts, Layout, Path, add_to_keys, highest, path
+from references.tiling import ONE_TILE, Count, Counts, Layout, add_to_keys, highest, path
 
 Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+# Up to this exponent, in natural units, phi is bounded by the exponent times a number of the row.
+LINEAR_UP_TO = 2.0**-10
 
 
 @dataclass(frozen=True)
 class Deviations:
-    """What the computed weights of a softmax may deviate; [num_kv_heads, rows, kv_len] unless said otherwise."""
+    """What the computed weights of a softmax may deviate; [num_kv_heads, rows] unless said otherwise.
 
-    exponent: Float64Array  # log(1 + phi)
-    largest: float  # exponent of all
-    phi: Float64Array  # bound on the relative error common to numerator and denominator
-    shared: Float64Array  # the part of phi that is the same function for all keys, for the alarm
-    shift: Float64Array  # [num_kv_heads, rows] error that all logits have in common, in octaves
-    reach: Float64Array  # [num_kv_heads, rows] how far the computed maximum may be off, in octaves
-    way: Path
+    phi is the bound on the relative error of a weight that numerator and denominator have in common.
+    """
+
+    exponent: Float64Array  # [num_kv_heads, rows, kv_len] log2(1 + phi)
+    largest: Float64Array  # at least the largest exponent, in natural units
+    linear: Float64Array  # [num_kv_heads, rows, kv_len], phi <= linear * slope
+    slope: Float64Array
+    wide: BoolArray | None  # the rows with exponents above LINEAR_UP_TO, where linear is phi; None: there is none
+    shared: Float64Array | None  # [num_kv_heads, rows, kv_len] part of phi that is one function of the gap; the alarm's
+    shift: Float64Array  # error that all logits have in common, in octaves
+    reach: Float64Array  # how far the computed maximum may be off, in octaves
     rescaling: Error  # of the accumulator and of the row sum, [..., rows]
     row_sum: Error  # of the row sum, rescaling included, [..., rows]
 
+    def phi(self) -> Float64Array:
+        """[num_kv_heads, rows, kv_len]"""
+        return self.linear * self.slope[..., None]
 
-def column(x: Error | NDArray[np.int64]) -> Float64Array:
+
+def column(x: Count | Error) -> NDArray[Any]:
     """[..., rows] to [..., rows, 1]."""
-    return np.asarray(x, dtype=np.float64)[..., None]
+    return x[..., None] if isinstance(x, np.ndarray) else np.array([float(x)])
 
 
 def deviations_of(
@@ -48,73 +62,95 @@ def deviations_of(
     model, u = arithmetic.model, arithmetic.u
     c = abs(scale) * LOG2_E
 
-    # (1) |z_hat - z| <= g a + eta, and (2) t_hat = (1 + theta) t + rho with |rho| <= r.
+    # (1) |z_hat - z| <= g a + eta, and (2) t_hat = (1 + theta) t + rho with |rho| <= r; here (1 + u) r in octaves.
     g = arithmetic.score
     score_floor = (1 + g) * 2 * arithmetic.head_dim * arithmetic.floor
     theta = model.scale_error
     if 0 < c < 2 * model.work.smallest_normal:
         theta += 2 * arithmetic.floor / c
-    b = LN_2 * (1 + u)  # r counts in natural units of the exponent from here on, times b
+    factor = (1 + u) * c * (1 + theta)
     if model.scale_into_query:
-        r = exact.products * (b * c * (1 + theta) * g)
         query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
         if arithmetic.fused:  # the scaled query may be subnormal where the query is not
             query_floor += g * arithmetic.fmt.smallest_normal
-        floors = np.full_like(sizes.query, b * (1 + g) * query_floor)
-        r += sequences.scores(floors, sizes.key) + b * score_floor
+        exponent = sequences.scores(sizes.query * (factor * g) + (1 + u) * (1 + g) * query_floor, sizes.key)
+        constant = (1 + u) * score_floor
+        room = np.empty_like(exponent)
     else:
-        factor = c * (1 + theta) * (1 + u)
-        r = exact.products * (b * factor * g)
-        r += exact.magnitude * (b * u * (1 + theta))
-        r += b * (factor * score_floor + arithmetic.floor)
+        factor *= 1 + u
+        exponent = sequences.scores(sizes.query * (factor * g), sizes.key)
+        constant = factor * score_floor + (1 + u) * arithmetic.floor
+        room = np.abs(exact.logit)
+        room *= (1 + u) * u * (1 + theta)
+        exponent += room
     if exact.hidden is not None:
-        np.copyto(r, 0.0, where=exact.hidden)
+        np.copyto(exponent, 0.0, where=exact.hidden)
 
     way = ONE_TILE
     if any(len(order.starts) > 1 for order in tiles):
+        of_tiles = highest([exact.logit, exponent], sequences.rows, tiles)
+        top, off = of_tiles[:, :, 0], np.maximum(of_tiles[:, :, 1], 0.0)
         # A constant that may have been flushed says nothing about the order of the logits.
-        uncertainty = r * (1 / (1 - theta) / b) if theta < 0.5 else np.full_like(r, 1e300)
-        bounds = np.empty((2, *r.shape))
-        np.add(exact.logit, uncertainty, out=bounds[0])
-        np.subtract(exact.logit, uncertainty, out=bounds[1])
-        of_tiles = highest(bounds, sequences.rows, tiles)
-        way = path(of_tiles[:, :, 0], of_tiles[:, :, 1], seen.splits, grouped=model.merge == "grouped")
+        off += constant
+        off *= 1 / (1 - theta) if theta < 0.5 else 1e300
+        way = path(top + off, top - off, seen.splits, grouped=model.merge == "grouped")
     rescaling = arithmetic.rescaling(seen, way)
     row_sum = arithmetic.row_sum(seen, rescaling)
 
     # (3) A factor common to all logits acts through the gap only; differences telescope.
-    exponent = exact.gap * (theta * b)
-    exponent += r  # tau
-    tau_max = exponent.max(axis=-1) / b
-    exponentials = -math.log1p(-model.exp2_error) * way.exps  # [tiles of a split, splits, heads, rows], or one number
-    of_rows = LN_2 * u * (3 if model.contraction else 1) * tau_max
-    exponent += np.multiply(exact.gap, LN_2 * u, out=r)
-    add_to_keys(exponent, of_rows[None, None] + exponentials, sequences.rows, tiles)
+    exponent += np.multiply(exact.gap, -(theta * (1 + u) + u), out=room)
+    tau_max = np.maximum.reduce(exponent, axis=-1)
+    tau_max += constant
+    of_rows = u * (3 if model.contraction else 1) * tau_max
+    each = -math.log1p(-model.exp2_error) / LN_2
+    of_rows += constant
     shared: Float64Array | None = None
     if arithmetic.confidence is not None:
-        shared = exact.gap * (LN_2 * theta)
-        add_to_keys(shared, exponentials, sequences.rows, tiles)
+        shared = np.multiply(exact.gap, -theta, out=room)
+    if isinstance(way.exps, int):
+        largest = tau_max + of_rows + each * way.exps
+        exponent += column(of_rows + each * way.exps)
+        if shared is not None:
+            shared += each * way.exps
+    else:
+        exponentials = np.multiply(way.exps, each)  # [tiles of a split, splits, heads, rows]
+        largest = tau_max + of_rows + np.maximum.reduce(exponentials, axis=(0, 1))
+        if shared is not None:
+            add_to_keys(shared, exponentials, sequences.rows, tiles)
+        exponentials += of_rows
+        add_to_keys(exponent, exponentials, sequences.rows, tiles)
     if model.merge == "lse":
         stored = _stored_lse(exact, column(tau_max), arithmetic, seen, row_sum)
         exponent += stored
+        largest = np.maximum.reduce(exponent, axis=-1)
         shared = None if shared is None else shared + stored
-    largest = float(exponent.max())
-    phi = expm1_bound(exponent, largest)
-    shared = phi if shared is None else np.minimum(expm1_bound(shared, largest), phi)
+
+    # phi = expm1(exponent) is convex: up to x it is below its chord.
+    largest *= LN_2
+    linear, wide = exponent, ~(largest <= LINEAR_UP_TO)
+    slope = LN_2 * (1 + 0.501 * largest)
+    if wide.any():
+        linear = exponent.copy()
+        linear[wide] = np.expm1(LN_2 * exponent[wide])
+        slope[wide] = 1.0
+    if shared is not None:
+        shared = np.minimum(np.expm1(LN_2 * shared), linear * slope[..., None])
     shift = theta * np.abs(exact.peak)
-    return Deviations(exponent, largest, phi, shared, shift, shift + tau_max, way, rescaling, row_sum)
+    of_wide = wide if linear is not exponent else None
+    return Deviations(exponent, largest, linear, slope, of_wide, shared, shift, shift + tau_max, rescaling, row_sum)
 
 
 def _stored_lse(
     exact: Softmax, tau_max: Float64Array, arithmetic: Arithmetic, seen: Counts, row_sum: Error
 ) -> Float64Array:
-    """(8) What merging through stored log-sum-exps adds to the exponent; it is not shift invariant."""
+    """(8) What merging through stored log-sum-exps adds to the exponent, in octaves; it is not shift invariant."""
     model, u = arithmetic.model, arithmetic.u
     spread = np.log2(np.maximum(column(seen.split_keys) * column(seen.splits), 1))
-    level = np.maximum(exact.magnitude, np.abs(exact.peak)[..., None]) + spread + tau_max + 1
-    octaves = 3 * u * level + u * (exact.gap + spread + tau_max) + model.log2_error * (1 + spread)
-    added: Float64Array = LN_2 * octaves - np.log1p(-np.minimum(column(row_sum), 0.5))
-    return np.where(column(seen.splits) > 1, added, 0.0)
+    level = np.maximum(np.abs(exact.logit), np.abs(exact.peak)[..., None]) + spread + tau_max + 1
+    octaves = 3 * u * level + u * (spread + tau_max - exact.gap) + model.log2_error * (1 + spread)
+    octaves -= np.log1p(-np.minimum(column(row_sum), 0.5)) / LN_2
+    hidden = column(seen.splits) <= 1 if exact.hidden is None else exact.hidden | (column(seen.splits) <= 1)
+    return np.where(hidden, 0.0, octaves)
 
 
 def p_rounding(exact: Softmax, arithmetic: Arithmetic) -> Error:
@@ -130,7 +166,7 @@ def p_rounding(exact: Softmax, arithmetic: Arithmetic) -> Error:
     if exact.largest_gap < -fmt.emin:
         return relative
     with np.errstate(over="ignore"):
-        error = np.exp2(exact.gap)
+        error = np.exp2(-exact.gap)
         error *= fmt.underflow_error(mode)
     np.maximum(error, relative, out=error)
     return np.minimum(error, 1.0, out=error)
