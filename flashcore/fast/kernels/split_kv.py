@@ -68,6 +68,8 @@ def split_kv_attention(
     stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
     stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
     # The splits of a row are neighbours, so that rows are finished, and merged, while others are still read.
+    if not SEVERAL:
+        splits_per_program = 1
     row_programs = tl.cdiv(grid_splits, splits_per_program)
     first_split = tl.program_id(0) % row_programs * splits_per_program
     h = tl.program_id(0) // row_programs % num_kv_heads
@@ -89,6 +91,7 @@ def split_kv_attention(
     # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
     b64 = b.to(tl.int64)
     h64 = h.to(tl.int64)
+    kv_head = b64 * num_kv_heads + h  # of all rows
     q_head = h64 * group_size + head
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d < head_dim
@@ -123,12 +126,6 @@ def split_kv_attention(
             tl.store(k_cache_ptr + slot * stride_kcn + offs_d, k_one, mask=one_visible)
             tl.store(v_cache_ptr + slot * stride_vcn + offs_d, v_one, mask=one_visible)
 
-    rows = tl.arange(0, BLOCK_M)
-    # Where this row's first split keeps its state; the others follow, a step apart.
-    step = q_len * group_size
-    scratch = (b64 * num_kv_heads + h) * grid_splits * step + tile * BLOCK_M
-    in_partial = rows[:, None] * head_dim + offs_d[None, :]
-    partial_mask = in_tile[:, None] & in_head[None, :]
     acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
     if SEVERAL:
         # Of this program: the finished splits of the current group, and the finished groups.
@@ -178,13 +175,19 @@ def split_kv_attention(
     merges = True
     if has_whole_row == 0:
         num_partials = tl.cdiv(num_splits, splits_per_program)
+        rows = tl.arange(0, BLOCK_M)
+        # Where this row's first partial result is kept; the others follow, a step apart.
+        step = q_len * group_size
+        scratch = kv_head * grid_splits * step + tile * BLOCK_M
+        in_partial = rows[:, None] * head_dim + offs_d[None, :]
+        partial_mask = in_tile[:, None] & in_head[None, :]
         mine = scratch + first_split // splits_per_program * step
         tl.store(partial_out_ptr + mine * head_dim + in_partial, acc, mask=partial_mask)
         tl.store(partial_m_ptr + mine + rows, m_i, mask=in_tile)
         tl.store(partial_l_ptr + mine + rows, l_i, mask=in_tile)
         # Every thread's stores come before the arrival that publishes them.
         tl.debug_barrier()
-        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * tl.num_programs(1) + tile
+        arrival_ptr = arrivals_ptr + kv_head * tl.num_programs(1) + tile
         merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1
         if merges:
             tl.store(arrival_ptr, 0)
@@ -194,7 +197,7 @@ def split_kv_attention(
             )  # fmt: skip
     if merges:
         out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))
-        out_row = (b64 * num_kv_heads * group_size + q_head) * q_len + query
+        out_row = (kv_head * group_size + head) * q_len + query
         tl.store(
             out_ptr + out_row[:, None] * head_dim + offs_d[None, :],
             out.to(out_ptr.dtype.element_ty),
