@@ -57,7 +57,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
         for plan, several in itertools.product(plans(dtype, head_dim, arch), (False, True)):
-            if plan.path == "prefill" and several:
+            if several and not plan.one_query:
                 continue
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
@@ -88,7 +88,7 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     compiled = triton.compile(
         ASTSource(kernel, signature, flags, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options=plan.compiler_options(),
+        options=plan.compiler_options(takes_several=flags.get("SEVERAL", False)),
     )
     registers, spills = registers_and_spills(compiled.asm["cubin"])
     return {

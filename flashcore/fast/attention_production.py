@@ -519,7 +519,6 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         "MASK_D": plan.block_d != head_dim,
         "WIDE": any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:]),
     }
-    options = plan.compiler_options()
     outputs = (
         out,
         unused_float if lse is None else lse,
@@ -527,8 +526,9 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     )
     if plan.path == "prefill":
         prefill_attention[(row_tiles * num_kv_heads * batch,)](
-            *outputs, fault, *pointers, problem.qk_scale, *sizes, row_tiles, flags, *strides, **constants, **options
-        )
+            *outputs, fault, *pointers, problem.qk_scale, *sizes, row_tiles, flags, *strides, **constants,
+            **plan.compiler_options(),
+        )  # fmt: skip
         return
     grid_splits = plan.grid_splits(problem.max_cached)
     splits_per_program = plan.splits_per_program(
@@ -554,6 +554,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     ]  # fmt: skip
     constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": splits_per_program > 1}
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
+    options = plan.compiler_options(takes_several=splits_per_program > 1)
     programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch
     compiled = split_kv_attention[programs, row_tiles](*arguments, **options)
     if problem.call is not None and problem.owner is not None:

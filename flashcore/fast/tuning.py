@@ -23,10 +23,13 @@ WIDE_SPLIT_ROWS = 16
 """The same for wide tiles (float32, head_dim beyond 128), whose split kernel would spill with more rows."""
 
 KV_SPLIT_BYTES = 32 * 1024
-"""Keys and values of a short row's splits: beyond that, merging one more split costs less than it saves."""
+"""Keys and values of a short row's splits in a decode step: beyond that, one more split costs less than it saves."""
 
 FEW_SPLITS = 8
-"""From here on splits become twice as long, then twice as many, then four times as long, then more."""
+"""From here on a decode step's splits become twice as long, then twice as many, then four times as long, then more."""
+
+CHUNK_SPLIT_BYTES = 128 * 1024
+"""Keys and values of a split where several queries are new, and a program never takes several splits."""
 
 MAX_SPLITS = 64
 """A row's splits grow rather than become more than this."""
@@ -65,14 +68,18 @@ class LaunchPlan:
     num_warps: int
     num_stages: int
 
-    def compiler_options(self) -> dict[str, int | bool]:
-        """What the kernels are compiled with.
+    def compiler_options(self, *, takes_several: bool = False) -> dict[str, int | bool]:
+        """What the kernels are compiled with; ``takes_several``: a program takes several splits.
 
         No contraction of a * b + c: the difference of two rounded logits is never positive, so that no weight passes 1.
         Contracted, the larger of two huge logits could exceed its own rounded maximum, and its weight overflow; and
         tiles with a mask and without would differ in their last bits.
         """
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options["enable_fp_fusion"] = False
+        if takes_several and self.num_warps == 8:
+            options["maxnreg"] = 255  # without a number the assembler spills a few, for an occupancy of no use here
+        return options
 
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
@@ -102,6 +109,8 @@ class LaunchPlan:
         Returns:
             1, SPLIT_GROUP, or as many as any row has.
         """
+        if not self.one_query:
+            return 1
         most = self.grid_splits(bound)
         enough = multiprocessors * 3 // 4
         if rows >= enough and (is_even or longest <= self.few_splits * self.kv_split_size):
@@ -234,7 +243,8 @@ def plan(
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
-    fits = KV_SPLIT_BYTES // (2 * block_d * (4 if is_float32 else 2))
+    one_query = path == "split" and q_len == 1
+    fits = (KV_SPLIT_BYTES if one_query else CHUNK_SPLIT_BYTES) // (2 * block_d * (4 if is_float32 else 2))
     kv_split_size = ceil_div(_forced.kv_split_size or fits, block_n) * block_n
     max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
     return LaunchPlan(
@@ -243,9 +253,9 @@ def plan(
         block_n=block_n,
         block_new=max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n,
         block_d=block_d,
-        one_query=path == "split" and q_len == 1,
+        one_query=one_query,
         kv_split_size=kv_split_size,
-        few_splits=min(FEW_SPLITS, max_splits) if _forced.kv_split_size is None else max_splits,
+        few_splits=min(FEW_SPLITS, max_splits) if one_query and _forced.kv_split_size is None else max_splits,
         max_splits=max_splits,
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
         num_stages=_num_stages(path, is_float32, block_d, arch),
