@@ -54,6 +54,7 @@ class LaunchPlan:
         max_splits: a row's splits grow rather than become more than this.
         num_warps: of a program.
         num_stages: of the software pipeline.
+        arch: compute capability of the GPU times 10.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class LaunchPlan:
     max_splits: int
     num_warps: int
     num_stages: int
+    arch: int
 
     def compiler_options(self, *, takes_several: bool = False) -> dict[str, int | bool]:
         """What the kernels are compiled with; ``takes_several``: a program takes several splits.
@@ -77,7 +79,7 @@ class LaunchPlan:
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
-        if takes_several and self.num_warps == 8:
+        if takes_several and (self.num_warps == 8 or self.arch != 90):
             options["maxnreg"] = 255  # without a number the assembler spills a few, for an occupancy of no use here
         return options
 
@@ -259,6 +261,7 @@ def plan(
         max_splits=max_splits,
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
         num_stages=_num_stages(path, is_float32, block_d, arch),
+        arch=arch,
     )
 
 

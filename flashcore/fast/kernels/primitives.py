@@ -277,18 +277,21 @@ def merge_stored(
     mask_d = (offs_d < head_dim)[None, :]
     in_partial = rows[:, None] * head_dim + offs_d[None, :]
     acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
+    # Several at once, as registers allow: the latencies of their loads overlap.
+    AT_ONCE: tl.constexpr = 4 if BLOCK_M * BLOCK_D <= 2048 else 1
     for first in range(0, num_partials, SPLIT_GROUP):
         group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
-        for i in tl.static_range(SPLIT_GROUP):  # the latencies of their loads overlap
-            exists = in_tile & (first + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)
-            at = scratch + (first + i) * step
-            m_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))
-            l_s = tl.load(partial_l_ptr + at + rows, mask=exists, other=0.0)
-            acc_s = tl.load(partial_out_ptr + at * head_dim + in_partial, mask=exists[:, None] & mask_d, other=0.0)
-            if ARE_GROUPS:
-                acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
-            else:
-                group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_s, m_s, l_s)
+        for some in range(first, first + SPLIT_GROUP, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                exists = in_tile & (some + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)
+                at = scratch + (some + i) * step
+                m_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))
+                l_s = tl.load(partial_l_ptr + at + rows, mask=exists, other=0.0)
+                acc_s = tl.load(partial_out_ptr + at * head_dim + in_partial, mask=exists[:, None] & mask_d, other=0.0)
+                if ARE_GROUPS:
+                    acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
+                else:
+                    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_s, m_s, l_s)
         if not ARE_GROUPS:
             acc, m_i, l_i = merge_partial(acc, m_i, l_i, group_acc, group_m, group_l)
     return acc, m_i, l_i
