@@ -143,7 +143,7 @@ class KVCache(tuple[Tensor, Tensor]):
         wanted, lengths = relaunch.key_of(options), self._seq_lens
         for call, again in self._lineage.relaunches:
             reads = call.reads_rows if lengths is None else call.reads(lengths)
-            if reads and call.options == wanted and call.are_alike(query, key, value):
+            if reads and call.options == wanted and call.are_alike(query, key, value) and again.is_for(self):
                 return again
         return None
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.fast import tuning
+from flashcore.fast import attention_production, tuning
 from tests.tensors import DEVICE, normal
 
 LENGTHS = range(1, 400)
@@ -81,3 +81,26 @@ def test_rows_whose_splits_grew_stand_beside_rows_whose_did_not(lengths: tuple[i
 
     for b in range(batch):
         assert torch.equal(together[b : b + 1], decode(slice(b, b + 1)))
+
+
+def test_a_step_is_repeated_again_once_another_kernel_has_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fifth split on a program takes four here: the first step then goes the ordinary way, and no other."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda _: 4)
+    prepared: list[int] = []
+    launch = attention_production._launch_attention
+
+    def counted(*arguments: Any) -> None:
+        prepared.append(len(prepared))
+        launch(*arguments)
+
+    monkeypatch.setattr(attention_production, "_launch_attention", counted)
+    cache: Any = flashcore.KVCache.allocate(2, 1, 96, 16, torch.float32, DEVICE)
+    query, key, value = (normal(2, 1, 1, 16, dtype=torch.float32, seed=i) for i in range(3))
+    ordinary = []
+    with tuning.forced(kv_split_size=16, block_n=16):
+        for _ in range(90):
+            _, cache = flashcore.attention_with_kv_cache(query, key, value, cache, cache_max_len=96)[:2]
+            ordinary.append(len(prepared))
+
+    assert ordinary[:65] == [1] * 65
+    assert ordinary[65:] == [2] * 25

@@ -152,10 +152,20 @@ class Relaunch:
         self.launch: launching.Launch | None = None
         self.rows: LengthRows | None = None
 
+    def is_for(self, past: KVCache) -> bool:
+        """Whether the kernel is the one for rows as long as those of ``past``, as far as the host knows them."""
+        bound, is_even, shares = past.max_len, past.is_even, self.shares
+        if bound is not None and (bound not in shares.bounds or shares.is_even is not is_even):
+            shares = self.shares = self._share_out(bound, is_even)
+        return bound is None or (shares.splits_per_program > 1) is self.takes_several
+
     def again(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, KVCache] | tuple[Tensor, KVCache, Tensor] | None:
-        """Repeat the launch for a call that is like it, or return None if the ordinary path has to look at it."""
+        """Repeat the launch for a call that is like it, or return None if the ordinary path has to look at it.
+
+        ``is_for`` has just said that the kernel is the one for ``past``.
+        """
         bound, at_lens = past.max_len, past.lengths_address
         if bound is None or bound + self.q_len > self.slot_limit or past.has_fault():
             return None
@@ -171,12 +181,6 @@ class Relaunch:
             torch.cuda.is_current_stream_capturing() or torch.cuda.current_device() != self.device.index
         ):
             return None
-        shares = self.shares
-        if bound not in shares.bounds or shares.is_even is not past.is_even:
-            shares = self.shares = self._share_out(bound, past.is_even)
-        if (shares.splits_per_program > 1) is not self.takes_several:
-            return None  # another kernel
-
         launch = self.launch or self._prepare(past)
         out = buffers.empty(self.out_shape, self.dtype, self.device)
         stream, rows = launch.current_stream(), self.rows
@@ -184,7 +188,7 @@ class Relaunch:
         if rows is None or not after:
             rows = self.rows = LengthRows(self.batch, self.device, stream)
             after = next(rows.addresses)
-        lse = None
+        lse, shares = None, self.shares
         changed: list[Any]
         if self.compiled is None:
             changed = [
