@@ -27,6 +27,18 @@ def test_a_row_alone_equals_the_row_in_its_batch(case: Case) -> None:
         assert_same_outputs([got.rows(b) for got in together], single, f"row {b} in its batch and alone")
 
 
+@asks("bits across batches", "tiles")
+@given(case=cases(ops=WITH_CACHE, min_rows=2, max_steps=3, many_splits=True, runs=2, overflow=False))
+def test_a_row_of_many_splits_alone_equals_the_row_in_its_batch(case: Case) -> None:
+    """However the splits of many rows and of one are shared out, they are merged alike."""
+    case = roomy(case)
+    together = run(case).outputs
+
+    for b in range(case.batch):
+        single = run(alone(case, b)).outputs
+        assert_same_outputs([got.rows(b) for got in together], single, f"row {b} in its batch and alone")
+
+
 @asks("bits across batches")
 @given(case=cases(min_rows=2, runs=2, overflow=False))
 def test_a_row_equals_itself_beside_an_empty_one(case: Case) -> None:

@@ -82,10 +82,29 @@ def test_decode_over_several_splits_lies_within_the_error_budget(case: Case) -> 
     aim(out=used.out, lse=used.lse)
 
 
+@given(case=cases(ops=WITH_CACHE, min_rows=1, max_steps=1, long_rows=True, overflow=False))
+def test_decode_of_rows_long_enough_to_be_split_lies_within_the_error_budget(case: Case) -> None:
+    """In as many splits as the kernel likes, on its own account."""
+    made = run(decoding(case))
+    used = check_values(made)
+    assert_no_findings(made, ["guard"])
+
+    aim(out=used.out, lse=used.lse)
+
+
 @asks("cache in place")
 @given(case=cases(ops=WITH_CACHE, min_rows=1, min_steps=4, several_splits=True, overflow=False))
 def test_a_steady_stream_of_calls_is_right_to_the_byte(case: Case) -> None:
     """Calls that a kernel may prepare once and repeat, across the edges of tiles and splits."""
+    case = steady(case)
+
+    check_run(run(across_a_split(case) if case.seed % 2 else case))
+
+
+@asks("cache in place")
+@given(case=cases(ops=WITH_CACHE, min_rows=1, min_steps=3, many_splits=True, overflow=False))
+def test_a_stream_over_many_splits_is_right_to_the_byte(case: Case) -> None:
+    """Splits become more from call to call, and with them what a program takes of them."""
     case = steady(case)
 
     check_run(run(across_a_split(case) if case.seed % 2 else case))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 import flashcore
 from flashcore.fast import attention_production, tuning
+from properties.case import Case
+from properties.schedule import Outline, outline
+from properties.strategies import cases
+from tests.splits_kernel import splits_of_rows
 from tests.tensors import DEVICE, normal
 
 LENGTHS = range(1, 400)
@@ -104,3 +111,66 @@ def test_a_step_is_repeated_again_once_another_kernel_has_taken_over(monkeypatch
 
     assert ordinary[:65] == [1] * 65
     assert ordinary[65:] == [2] * 25
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("multiprocessors", [4, 10_000])
+def test_a_zero_has_the_same_sign_however_splits_are_shared_out(
+    batch: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of -1 rescaled by zero are -0, and so is the new token's: merged with an empty split they would be +0."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    slots = 6 * 16
+    query, new_key, new_value = (torch.full((batch, 1, 1, 16), x, device=DEVICE) for x in (1.0, 200.0, -0.0))
+    key, value = (torch.full((batch, 1, slots + 1, 16), x, device=DEVICE) for x in (0.0, -1.0))
+
+    with tuning.forced(path="split", kv_split_size=16):
+        out = flashcore.attention_with_kv_cache(
+            query, new_key, new_value, (key, value), seq_lens=torch.full((batch,), slots, device=DEVICE),
+            cache_max_len=slots + 1, block_n=16, scale=1.0,
+        )[0]  # fmt: skip
+
+    assert torch.equal(out.view(torch.int32), torch.zeros_like(out).view(torch.int32))
+
+
+@pytest.mark.parametrize("plan", plans(), ids=lambda plan: f"{plan.kv_split_size} x {plan.max_splits}")
+def test_host_and_device_split_a_row_alike(plan: tuning.LaunchPlan) -> None:
+    """At every edge where splits become longer or more, up to splits of more than eight times the shortest."""
+    edges = [plan.kv_split_size * n for n in (*range(1, 34), 64, 128, 136, 192, 512, 513, 600)]
+    lengths = sorted({0, 1, *(edge + off for edge in edges for off in (-1, 0, 1))})
+    given = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    out = torch.empty(len(lengths), 2, dtype=torch.int32, device=DEVICE)
+    splits_of_rows[(1,)](
+        given, out, plan.kv_split_size, plan.few_splits, plan.max_splits, len(lengths), BLOCK_N=plan.block_n
+    )
+
+    assert out.tolist() == [[plan.num_splits(n), plan.split_size(n)] for n in lengths]
+
+
+def test_drawn_decode_steps_are_shared_out_in_every_way() -> None:
+    """Of rows with more splits than are merged in one group, even and uneven: one case in 200 each."""
+    found: Counter[str] = Counter()
+
+    @settings(max_examples=600, database=None, deadline=None, derandomize=True)
+    @given(cases(size="small", ops=("attention_with_kv_cache",)))
+    def count(case: Case) -> None:
+        found.update({way for call in outline(case) if call.q_len == 1 and call.has_cache for way in ways(case, call)})
+
+    def ways(case: Case, call: Outline) -> Iterator[str]:
+        with tuning.forced(kv_split_size=case.kv_split_size):
+            plan = tuning.plan(
+                q_len=1, group_size=case.group_size, head_dim=case.head_dim, dtype=torch.float16, block_n=case.block_n
+            )  # fmt: skip
+        longest = max(call.seq_lens, default=0)
+        if plan.path == "split" and plan.num_splits(longest) > tuning.SPLIT_GROUP:
+            taken = plan.splits_per_program(
+                case.batch * case.num_kv_heads, longest, longest, is_even=True,
+                multiprocessors=tuning.multiprocessors(torch.device("cpu")),
+            )  # fmt: skip
+            way = {1: "a split", tuning.SPLIT_GROUP: "a group"}.get(taken, "a row")
+            yield from (way, f"{way}, uneven")[: 1 + (len(set(call.seq_lens)) > 1)]
+
+    count()
+
+    expected = {f"{way}{rows}" for way in ("a split", "a group", "a row") for rows in ("", ", uneven")}
+    assert {way for way, times in found.items() if times >= 3} == expected, found

@@ -19,9 +19,10 @@ _LOADED_V = "v_one = tl.load(v_new_ptr + offs_d, mask=one_visible, other=0.0)"
 _STORES = "stores = is_last & (tile == 0) & ((flags & APPEND) != 0) & fits"
 _VISIBLE = "tl.where(is_last, new_keys, 0)"
 _ALL_COLUMNS = "tl.zeros([BLOCK_D], tl.int32) < new_keys"
-_ROW = (
-    "    h = tl.program_id(0) // grid_splits % num_kv_heads\n    b = tl.program_id(0) // grid_splits // num_kv_heads\n"
-)
+_ROW = """\
+    h = tl.program_id(0) // row_programs % num_kv_heads
+    b = tl.program_id(0) // row_programs // num_kv_heads
+"""
 
 
 def _split_kv(

@@ -15,7 +15,7 @@ _LOAD_K = "k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, 
 _LOAD_Q = "q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)"
 _NEW_V = "            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)"
 _FITS = "fits = lengths_ok & (cached + num_queries <= slot_limit)"
-_STOP = "tl.minimum(start + size, cached)"
+_STOP = "stop = tl.minimum(start + splits_per_program * split_size, cached)"
 _LIMIT = "limit = cache_max_len if past is None else min(lengths.capacity, cache_max_len)"
 _KEEPS = "tl.store(v_cache_ptr + slot * stride_vcn + offs_d[None, :] * stride_vcd, v, mask=mask)"
 
@@ -102,9 +102,9 @@ MUTANTS = (
         "SPLIT",
         "the last split ends with its size, not with the row",
         "cached % kv_split_size != 0",
-        PRIMITIVES,
+        SPLIT_KV,
         _STOP,
-        "start + size",
+        "stop = start + splits_per_program * split_size",
         ("invisible", *SPLITS),
     ),
     _edge(

@@ -49,7 +49,11 @@ MUTANTS = (
         "a row without keys returns early and stores nothing",
         "seq_lens[b] + new_lens[b] == 0",
         (
-            Edit(SPLIT_KV, "    if s >= num_splits:\n", "    if (s >= num_splits) | (cached + new_keys == 0):\n"),
+            Edit(
+                SPLIT_KV,
+                "    if first_split >= num_splits:\n",
+                "    if (first_split >= num_splits) | (cached + new_keys == 0):\n",
+            ),
             Edit(
                 PREFILL,
                 "    query, head, in_tile, real, row_limit, common_limit, new_stop = tile_rows(",
@@ -57,7 +61,7 @@ MUTANTS = (
                 "    query, head, in_tile, real, row_limit, common_limit, new_stop = tile_rows(",
             ),
         ),
-        VALUES,
+        ("sees_no_key", "within_the_error_budget"),
     ),
     Mutant(
         "M25",
@@ -155,8 +159,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "return tl.maximum(tl.cdiv(cached, size), 1), start,",
-                "return tl.cdiv(cached, size), start,",
+                "return tl.maximum(tl.cdiv(cached, size), 1), size",
+                "return tl.cdiv(cached, size), size",
             ),
         ),
         VALUES,

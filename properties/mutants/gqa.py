@@ -59,7 +59,7 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "out_row = (b64 * num_kv_heads * group_size + q_head)",
+                "out_row = (kv_head * group_size + head)",
                 "out_row = (b64 * num_kv_heads + q_head)",
             ),
         ),
@@ -87,8 +87,8 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "first_split = (b64 * num_kv_heads + h) * grid_splits",
-                "first_split = (b64 * num_kv_heads + h * group_size) * grid_splits",
+                "scratch = kv_head * grid_splits",
+                "scratch = (b64 * num_kv_heads + h * group_size) * grid_splits",
             ),
         ),
         ("decode_over_several_splits", "a_row_alone", *VALUES),

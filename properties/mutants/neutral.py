@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, TUNING, Edit, Mutant
+from properties.mutants.mutant import CACHE, PREFILL, PRIMITIVES, RELAUNCH, SPLIT_KV, TUNING, WRAPPER, Edit, Mutant
 
 
-def _neutral(id_: str, change: str, *edits: Edit) -> Mutant:
-    return Mutant(id_, "NEUTRAL", change, "nowhere", edits, neutral=True)
+def _neutral(id_: str, change: str, *edits: Edit, laws: tuple[str, ...] = ()) -> Mutant:
+    return Mutant(id_, "NEUTRAL", change, "nowhere", edits, laws, neutral=True)
 
 
+_MASKED_TILES = "    for start_n in tl.range(full_stop, stop, BLOCK_N, num_stages=STAGES):\n"
 _BACKWARDS = """\
-{indent}for done in range({start}, {stop}, BLOCK_N):
-{indent}    start_n = {start} + (tl.cdiv({stop} - {start}, BLOCK_N) - 1) * BLOCK_N - (done - {start})
+    for done in range(full_stop, stop, BLOCK_N):
+        start_n = full_stop + (tl.cdiv(stop - full_stop, BLOCK_N) - 1) * BLOCK_N - (done - full_stop)
+"""
+_TILE = """\
+        acc, m_i, l_i = attend_tile(
+            acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, start_n, stop, cached_limit, qk_scale, head_dim,
+"""
+_BACKWARDS_IN_SPLIT = """\
+        done = (start_n - start) % split_size
+        in_split = tl.minimum(split_size, stop - (start_n - done))
+        tile_n = start_n - done + (tl.cdiv(in_split, BLOCK_N) - 1) * BLOCK_N - done
 """
 _LOGITS = """\
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]
@@ -19,21 +29,9 @@ _LOGITS = """\
 _MASKED = """\
         logits = tl.where(visible, logits, -float("inf"))
     if not"""
-_HEAD = "h = tl.program_id(0) // grid_splits % num_kv_heads"
-_ROW = "b = tl.program_id(0) // grid_splits // num_kv_heads"
-
-
-def _reversed(file: str, start: str, stop: str, loop: str = "range({}, {}, BLOCK_N)") -> Edit:
-    anchor = f"    for start_n in {loop.format(start, stop)}:\n"
-    return Edit(file, anchor, _BACKWARDS.format(indent="    ", start=start, stop=stop))
-
-
-def _finite_start(file: str, after: str) -> Edit:
-    anchor = (
-        '    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)\n    l_i = tl.zeros([BLOCK_M], tl.float32)\n    '
-        + after
-    )
-    return Edit(file, anchor, anchor.replace('-float("inf")', "-1e30"))
+_HEAD = "h = tl.program_id(0) // row_programs % num_kv_heads"
+_ROW = "b = tl.program_id(0) // row_programs // num_kv_heads"
+_NO_MAXIMUM = 'tl.full([BLOCK_M], -float("inf"), tl.float32)'
 
 
 MUTANTS = (
@@ -50,19 +48,20 @@ MUTANTS = (
     _neutral(
         "N3",
         "the tiles of a split, and those with a mask, are visited in reverse",
-        _reversed(SPLIT_KV, "start", "stop"),
-        _reversed(PRIMITIVES, "full_stop", "stop", "tl.range({}, {}, BLOCK_N, num_stages=STAGES)"),
+        Edit(SPLIT_KV, _TILE, _BACKWARDS_IN_SPLIT + _TILE.replace("start_n", "tile_n")),
+        Edit(PRIMITIVES, _MASKED_TILES, _BACKWARDS),
+        laws=("many_splits",),
     ),
     _neutral(
         "N4",
         "the running maximum starts at -1e30",
-        _finite_start(SPLIT_KV, "# Every query sees"),
-        _finite_start(PREFILL, "if tile * BLOCK_M"),
+        Edit(PRIMITIVES, _NO_MAXIMUM, _NO_MAXIMUM.replace('-float("inf")', "-1e30")),
+        Edit(PREFILL, _NO_MAXIMUM, _NO_MAXIMUM.replace('-float("inf")', "-1e30")),
     ),
     _neutral(
         "N5",
-        "a row that is too long for one split has splits half as long",
-        Edit(TUNING, "MIN_SPLITS = 4\n", "MIN_SPLITS = 8\n"),
+        "splits become longer from four of them on",
+        Edit(TUNING, "FEW_SPLITS = 8\n", "FEW_SPLITS = 4\n"),
     ),
     _neutral(
         "N6",
@@ -93,15 +92,65 @@ MUTANTS = (
         Edit(
             SPLIT_KV,
             _HEAD,
-            "h = tl.program_id(0) // grid_splits // (tl.num_programs(0) // grid_splits // num_kv_heads)",
+            "h = tl.program_id(0) // row_programs // (tl.num_programs(0) // row_programs // num_kv_heads)",
         ),
         Edit(
-            SPLIT_KV, _ROW, "b = tl.program_id(0) // grid_splits % (tl.num_programs(0) // grid_splits // num_kv_heads)"
+            SPLIT_KV,
+            _ROW,
+            "b = tl.program_id(0) // row_programs % (tl.num_programs(0) // row_programs // num_kv_heads)",
         ),
+        laws=("many_splits",),
     ),
     _neutral(
-        "N9",
-        "the kernel does not know the fewest splits of a long row",
-        Edit(PRIMITIVES, "tl.maximum(tl.cdiv(cached, kv_split_size), min_splits)", "tl.cdiv(cached, kv_split_size)"),
+        "N10",
+        "every program takes one split",
+        Edit(TUNING, "if rows >= enough and (is_even or", "if False and (is_even or"),
+        Edit(TUNING, "return min(SPLIT_GROUP, most) if rows * groups >= enough else 1", "return 1"),
+        laws=("many_splits",),
+    ),
+    _neutral(
+        "N11",
+        "every program takes its whole row, the grid has one split more, repeated launches keep it a slot longer",
+        Edit(TUNING, "if rows >= enough and (is_even or", "if True or (is_even or"),
+        Edit(
+            WRAPPER,
+            "    grid_splits = plan.grid_splits(problem.max_cached)\n",
+            "    grid_splits = plan.grid_splits(problem.max_cached) + 1\n",
+        ),
+        Edit(RELAUNCH, "range(last - size + 1, last + 1)", "range(last - size, last + 1)"),
+        laws=("many_splits",),
+    ),
+    _neutral(
+        "N12",
+        "how even rows are, their shortest length and the size of the GPU are wrong where work is shared out",
+        Edit(TUNING, "if rows >= enough and (is_even or", "if rows >= enough and (not is_even or"),
+        Edit(CACHE, "and 4 * self.min_len >= 3 * self.max_len", "and 4 * self.min_len < 3 * self.max_len"),
+        Edit(RELAUNCH, "past.min_len + self.q_len)", "past.min_len - self.q_len)"),
+        Edit(WRAPPER, "min_len=lengths.shortest_after()", "min_len=lengths.shortest_after() // 2"),
+        Edit(
+            TUNING,
+            'multi_processor_count if device.type == "cuda" else 8',
+            'multi_processor_count // 2 if device.type == "cuda" else 4',
+        ),
+        Edit(
+            RELAUNCH,
+            "multiprocessors=tuning.multiprocessors(self.device)",
+            "multiprocessors=4 * tuning.multiprocessors(self.device)",
+        ),
+        laws=("many_splits",),
+    ),
+    _neutral(
+        "N15",
+        "the first split of a group is not merged with nothing, and short chunks are shared out in groups, too",
+        Edit(
+            PRIMITIVES,
+            "                else:\n                    group_acc, group_m, group_l = merge_partial(",
+            "                elif some + i == first:\n"
+            "                    group_acc, group_m, group_l = acc_s + 0.0, m_s, l_s\n"
+            "                else:\n                    group_acc, group_m, group_l = merge_partial(",
+        ),
+        Edit(SPLIT_KV, "    if not SEVERAL:\n        splits_per_program = 1\n", ""),
+        Edit(TUNING, "        if not self.one_query:\n            return 1\n", ""),
+        laws=("many_splits",),
     ),
 )

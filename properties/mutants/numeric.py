@@ -10,7 +10,7 @@ _LOGITS = 'logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  #
 _NEW_LOGITS = 'logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_NEW]\n'
 FOLD = 'acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")'
 Q_LOAD = "    q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)\n"
-_FIRST_SUM = "    l_i = tl.zeros([BLOCK_M], tl.float32)\n    "
+_NO_MAXIMUM = 'tl.full([BLOCK_M], -float("inf"), tl.float32)'
 
 
 def both_logits(product: str) -> tuple[Edit, ...]:
@@ -122,13 +122,9 @@ MUTANTS = (
         "NUMERIC",
         "the maximum starts at 0 instead of -inf",
         "negative logits",
-        tuple(
-            Edit(
-                file,
-                '    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)\n' + _FIRST_SUM + after,
-                "    m_i = tl.zeros([BLOCK_M], tl.float32)\n" + _FIRST_SUM + after,
-            )
-            for file, after in ((SPLIT_KV, "# Every query sees"), (PREFILL, "if tile * BLOCK_M"))
+        (
+            Edit(PRIMITIVES, _NO_MAXIMUM, "tl.zeros([BLOCK_M], tl.float32)"),
+            Edit(PREFILL, _NO_MAXIMUM, "tl.zeros([BLOCK_M], tl.float32)"),
         ),
         VALUES,
     ),

@@ -48,8 +48,8 @@ MUTANTS = (
         "a split is one tile longer than the number of tiles it has to take, not as long",
         "several splits",
         PRIMITIVES,
-        "tl.cdiv(tl.cdiv(cached, wanted), BLOCK_N), 1) * BLOCK_N",
-        "tl.cdiv(tl.cdiv(cached, wanted), BLOCK_N), 1) + BLOCK_N",
+        "tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) * BLOCK_N",
+        "tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) + BLOCK_N",
         ("every_kernel_decodes_alike",),
     ),
     Mutant(

@@ -14,13 +14,13 @@ _MERGE = """\
     alpha = tl.exp2(m_i - m_base)
     beta = tl.exp2(m_s - m_base)
 """
-_SPLITS = "splits = (grid_splits, plan.kv_split_size, plan.min_splits, plan.max_splits)"
-_MINE = "mine = first_split + s * step"
-_COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), start,"
-_EXISTS = "exists = in_tile & (first + i + tl.zeros([BLOCK_M], tl.int32) < num_splits)"
+_SPLITS = "splits = (grid_splits, splits_per_program, plan.kv_split_size, plan.few_splits, plan.max_splits)"
+_MINE = "mine = scratch + first_split // splits_per_program * step"
+_COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), size"
+_EXISTS = "exists = in_tile & (some + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)"
 _ARRIVAL = """\
-        arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile
-        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_splits - 1
+        arrival_ptr = arrivals_ptr + kv_head * tl.num_programs(1) + tile
+        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1
 """
 
 MUTANTS = (
@@ -65,7 +65,8 @@ MUTANTS = (
             Edit(
                 SPLIT_KV,
                 _MINE,
-                "mine = (b64 * num_kv_heads + h) * num_splits * step + tile * BLOCK_M + s * step",
+                "mine = kv_head * num_partials * step + tile * BLOCK_M\n"
+                "        mine += first_split // splits_per_program * step",
             ),
         ),
         (*ALONE, *VALUES),
@@ -87,14 +88,14 @@ MUTANTS = (
             Edit(
                 SPLIT_KV,
                 _MINE,
-                "arrival_ptr = arrivals_ptr + (b * num_kv_heads + h) * row_tiles + tile\n"
+                "arrival_ptr = arrivals_ptr + kv_head * tl.num_programs(1) + tile\n"
                 '        ticket = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") % 65536\n'
-                "        mine = first_split + ticket * step",
+                "        mine = scratch + ticket * step",
             ),
             Edit(
                 SPLIT_KV,
                 _ARRIVAL,
-                '        merges = tl.atomic_add(arrival_ptr, 65536, sem="acq_rel") // 65536 == num_splits - 1\n',
+                '        merges = tl.atomic_add(arrival_ptr, 65536, sem="acq_rel") // 65536 == num_partials - 1\n',
             ),
         ),
         ("running_twice",),
@@ -128,7 +129,7 @@ MUTANTS = (
             Edit(
                 SPLIT_KV,
                 "    if is_last:\n        if ONE_QUERY:\n            acc",
-                "    if s < num_splits:\n        if ONE_QUERY:\n            acc",
+                "    if first_split < num_splits:\n        if ONE_QUERY:\n            acc",
             ),
         ),
         VALUES,
@@ -141,8 +142,9 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "    is_last = s == num_splits - 1",
-                "    is_last = (s == num_splits - 1) | (s == 0) & (cached % kv_split_size == 0)",
+                "    is_last = first_split + splits_per_program >= num_splits",
+                "    is_last = first_split + splits_per_program >= num_splits\n"
+                "    is_last |= (first_split == 0) & (cached % kv_split_size == 0)",
             ),
         ),
         VALUES,
@@ -154,9 +156,9 @@ MUTANTS = (
         "several splits merged a step, negative logits",
         (
             Edit(
-                SPLIT_KV,
-                'm_s = tl.load(partial_m_ptr + theirs + rows, mask=exists, other=-float("inf"))',
-                "m_s = tl.load(partial_m_ptr + theirs + rows, mask=exists, other=0.0)",
+                PRIMITIVES,
+                'm_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))',
+                "m_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=0.0)",
             ),
         ),
         ("lse_over_several_splits", *VALUES),
@@ -166,7 +168,7 @@ MUTANTS = (
         "SPLIT",
         "splits past the last one are merged, too",
         "several splits merged a step",
-        (Edit(SPLIT_KV, _EXISTS, "exists = in_tile"),),
+        (Edit(PRIMITIVES, _EXISTS, "exists = in_tile"),),
         VALUES,
     ),
     Mutant(
@@ -174,7 +176,11 @@ MUTANTS = (
         "SPLIT",
         "the last program is recognised by the largest split count of the batch",
         "ragged batch with unequal split counts",
-        (Edit(SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("num_splits - 1", "grid_splits - 1")),),
+        (
+            Edit(
+                SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("num_partials - 1", "tl.cdiv(grid_splits, splits_per_program) - 1")
+            ),
+        ),
         VALUES,
     ),
     Mutant(
@@ -185,8 +191,8 @@ MUTANTS = (
         (
             Edit(
                 TUNING,
-                "return min(max(ceil_div(cached, self.kv_split_size), self.min_splits), self.max_splits)",
-                "return min(max(cached // self.kv_split_size, self.min_splits), self.max_splits)",
+                "min(ceil_div(cached, size), self.few_splits)",
+                "min(cached // size, self.few_splits)",
             ),
         ),
         VALUES,
@@ -221,8 +227,13 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "wanted = tl.minimum(tl.maximum(tl.cdiv(cached, kv_split_size), min_splits), max_splits)",
-                "wanted = tl.maximum(tl.cdiv(cached, kv_split_size), min_splits)",
+                "    wanted = tl.minimum(tl.cdiv(cached, kv_split_size), few_splits)\n",
+                "    wanted = tl.cdiv(cached, kv_split_size)\n",
+            ),
+            Edit(
+                PRIMITIVES,
+                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size)), max_splits)",
+                "wanted = tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size))",
             ),
         ),
         ("every_kernel_decodes_alike",),
@@ -240,7 +251,7 @@ MUTANTS = (
         "RACE",
         "heads share an arrival counter",
         "splits > 1, more than one kv head",
-        (Edit(SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("(b * num_kv_heads + h)", "b")),),
+        (Edit(SPLIT_KV, _ARRIVAL, _ARRIVAL.replace("kv_head", "b")),),
         VALUES,
         needs_gpu="the interpreter runs the splits of one head before those of the next",
     ),

@@ -36,10 +36,16 @@ _LAYOUTS = ("contiguous", "contiguous", "transposed", "padded", "gapped")
 _NON_FINITE = ("nan", "inf", "-inf")
 # Keys of a row that is long enough to be split by a kernel that nobody told how, and of one a little longer.
 LONG_ROWS = (1025, 1024, 1300)
+# Splits of one tile each: more than any group of them that a kernel might merge first, and more of such groups.
+MANY_SPLITS = (6, 9, 5, 4, 21)
+# Heads of all rows together: enough of them for a kernel to give one program all splits of a row.
+MANY_HEADS = 6
 # One call that starts a cache, one that may be remembered, and one like it.
 STEADY_STEPS = 3
 # Tiles every case may visit, however often a law runs it: enough for two rows and two splits.
 LEAST_TILES = 8
+# Further ones for each of many splits: enough for several rows and heads.
+TILES_OF_A_SPLIT = 12
 
 
 @st.composite
@@ -57,6 +63,8 @@ def cases(
     min_group: int = 1,
     min_kv_heads: int = 1,
     several_splits: bool = False,
+    many_splits: bool = False,
+    long_rows: bool = False,
     runs: int = 1,
     overflow: bool = True,
     non_finite: bool = False,
@@ -72,6 +80,10 @@ def cases(
         min_rows, min_group, min_kv_heads: at least so many rows, query heads a kv head, kv heads.
         several_splits: whether tiles and splits are forced and some row starts with more keys than a split takes;
             for ops that have a cache.
+        many_splits: whether tiles and splits are the smallest and some row starts with ``MANY_SPLITS``; other cases are
+            rarely like that. For ops that have a cache.
+        long_rows: whether some row starts with ``LONG_ROWS`` keys, tiles and splits left to the kernel; other cases are
+            rarely like that.
         runs: how often the law runs a case of this size: cases get as much smaller.
         overflow: whether calls may have to raise for want of slots.
         non_finite: whether to set one or two elements of key or value to NaN or an infinity.
@@ -96,12 +108,20 @@ def cases(
     if steady:
         steps, exchanges = (Step(),) * max(STEADY_STEPS, len(steps)), []
     fills_split = rarely(draw, "steady decode fills a split", 2)
-    long_row = choose(draw, "long row", (0,) * 30 + LONG_ROWS)
+    long_row = choose(draw, "long row", LONG_ROWS if long_rows else (0,) * 30 + LONG_ROWS)
+    many = choose(draw, "many splits", MANY_SPLITS if many_splits else (0,) * 20 + MANY_SPLITS)
+    many = 0 if plain or long_rows else many
+    alike = choose(draw, "rows of many splits", (True, False))
+    crowded = choose(draw, "heads of many splits", (False, True)) and bool(many)
 
     block_n = choose(draw, "block_n", limits.tiles if several_splits else (None, *limits.tiles))
     block_m = choose(draw, "block_m", (None, *limits.tiles))
     splits = choose(draw, "kv_split_size", limits.splits if several_splits else (None, *limits.splits))
     kv_split_size = block_n * splits if block_n and splits and not plain else None
+    if many:
+        block_n = kv_split_size = limits.tiles[0]
+        long_row = 0
+        limits = replace(limits, max_tiles=limits.max_tiles + TILES_OF_A_SPLIT * many)
     tile, split = block_n or 16, kv_split_size or 64
     cached, new = Units(tile, split, limits.max_cached), Units(tile, split, limits.max_new)
     rows = rows_from(drafts, exchanges, len(steps), cached, new)
@@ -109,11 +129,16 @@ def cases(
     if long_row and rows and not several_splits:
         block_n = kv_split_size = None
         rows = (replace(rows[0], cached=long_row), *rows[1:])
-        limits = replace(limits, max_tiles=limits.max_tiles + long_row // 32)
+        # Whole heads of 128 for one row: the more columns, the shorter the splits a kernel would make.
+        limits = replace(
+            limits, max_tiles=limits.max_tiles + long_row // 32, max_elements=max(limits.max_elements, long_row << 9)
+        )
         nothing_cached = False
     if plain:
         steps = (Step(),)
         rows = tuple(_attention_row(rows[0], row.uid, keys) for row in rows)
+    elif many:
+        rows = tuple(_in_splits(row, many, split) if alike or row is rows[0] else row for row in rows)
     elif several_splits:
         if rows[0].cached <= split:
             rows = (replace(rows[0], cached=split + max(1, rows[0].cached)), *rows[1:])
@@ -122,8 +147,12 @@ def cases(
 
     rows = rows_of(rows, offers)
     fewest = max(min_steps, STEADY_STEPS) if steady else min_steps
-    least = (1 if plain else fewest, max(min_rows, 1), several_splits or bool(long_row))
-    schedule = _Schedule(op, rows, steps, block_m, block_n).within(limits.max_tiles, *least)
+    least = (1 if plain else fewest, max(min_rows, 1), several_splits or bool(many or long_row))
+    most_tiles = limits.max_tiles // (math.ceil(MANY_HEADS / max(1, len(rows))) if crowded else 1)
+    schedule = _Schedule(op, rows, steps, block_m, block_n).within(most_tiles, *least)
+    if crowded and schedule.rows:
+        heads = math.ceil(MANY_HEADS / len(schedule.rows))
+        limits = _at_least(limits, limits.groups[0], min(heads, limits.kv_heads[-1]))
     if steady and fills_split and kv_split_size and schedule.rows:
         missing = -max(row.cached + row.new[0] for row in schedule.rows) % kv_split_size
         rows = rows_of(tuple(replace(row, cached=row.cached + missing) for row in schedule.rows), offers)
@@ -154,6 +183,11 @@ def _at_least(limits: Size, group: int, kv_heads: int) -> Size:
     """The limits without fewer heads than that."""
     groups = tuple(n for n in limits.groups if n >= group)
     return replace(limits, groups=groups, kv_heads=tuple(n for n in limits.kv_heads if n >= kv_heads))
+
+
+def _in_splits(row: Row, splits: int, split: int) -> Row:
+    """The row with so many splits, the last one as full as it was."""
+    return replace(row, cached=splits * split - -row.cached % split)
 
 
 def _attention_row(first: Row, uid: int, keys: str) -> Row:

@@ -13,7 +13,9 @@ from hypothesis import currently_in_test_context, event, target
 
 from properties.case import DTYPES, FAMILIES, LAYOUTS, OPS, STARTS, TILES, Case
 from properties.schedule import Outline, outline
+from properties.strategies.cases import MANY_HEADS
 
+MANY = 6  # splits: by then it shows whether a kernel merges some of them before the others
 LONG = 1024  # keys: by then a kernel will have split a row on its own account
 
 STEP_KINDS = (
@@ -78,6 +80,11 @@ LENGTHS = (
     "1 split",
     "2 splits",
     "3 or more splits",
+    f"{MANY} or more splits for one query",
+    f"{MANY} or more splits for several queries",
+    f"{MANY} or more splits of unequal rows",
+    f"{MANY} or more splits of fewer than {MANY_HEADS} heads",
+    f"{MANY} or more splits of {MANY_HEADS} heads or more",
     "last split full",
     "last split one key",
     "rows with unequal splits",
@@ -199,6 +206,12 @@ def _of_lengths(case: Case, call: Outline) -> Iterator[str]:
             yield ("1 split", "2 splits", "3 or more splits")[min(count, 3) - 1]
         if len(set(splits)) > 1:
             yield "rows with unequal splits"
+        if max(splits, default=0) >= MANY and call.q_len:
+            yield f"{MANY} or more splits for {'one query' if call.q_len == 1 else 'several queries'}"
+            if len(set(splits)) > 1:
+                yield f"{MANY} or more splits of unequal rows"
+            few = case.batch * case.num_kv_heads < MANY_HEADS
+            yield f"{MANY} or more splits of {'fewer than ' * few}{MANY_HEADS} heads{'' if few else ' or more'}"
         for n in call.seq_lens:
             if n and n % size == 0:
                 yield "last split full"
