@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from properties.mutants.mutant import PRIMITIVES, RELAUNCH, SPLIT_KV, TUNING, WRAPPER, Edit, Mutant
+from properties.mutants.mutant import CACHE, PRIMITIVES, RELAUNCH, SPLIT_KV, TUNING, WRAPPER, Edit, Mutant
 
 BITS = ("a_row_of_many_splits_alone", "a_stream_over_many_splits")
 VALUES = ("a_stream_over_many_splits", "within_the_error_budget")
@@ -365,5 +365,14 @@ MUTANTS = (
         PRIMITIVES,
         "for some in range(first, first + SPLIT_GROUP, AT_ONCE):",
         "for some in range(first, first + SPLIT_GROUP):",
+    ),
+    _sharing(
+        "F439",
+        "a launch is repeated that nobody shared the splits out for",
+        "repeated steps",
+        CACHE,
+        " and again.is_for(self):",
+        ":",
+        STREAM,
     ),
 )
