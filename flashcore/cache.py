@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from flashcore.errors import CacheOverflowError
 from flashcore.fast import buffers, relaunch
+from flashcore.fast.length_rows import LengthRows
 
 if TYPE_CHECKING:
-    from flashcore.fast.length_rows import LengthRows
     from flashcore.fast.relaunch import Call, Relaunch
+
+KEPT = 8
+"""Launches, and shapes of scratch, that caches over the same buffers keep."""
 
 
 class KVCache(tuple[Tensor, Tensor]):
@@ -123,6 +127,24 @@ class KVCache(tuple[Tensor, Tensor]):
             lineage.arrivals = counters
         return lineage.arrivals
 
+    def scratch(self, shapes: tuple[Sequence[int], ...]) -> list[Tensor]:
+        """Uninitialised float32 tensors of these shapes for what a launch on these buffers does not finish itself."""
+        lineage, key = self._lineage, tuple(map(tuple, shapes))
+        if key not in lineage.scratch:
+            if len(lineage.scratch) >= KEPT:
+                lineage.scratch.clear()
+            lineage.scratch[key] = [buffers.empty(shape, torch.float32, self[0].device) for shape in shapes]
+        return lineage.scratch[key]
+
+    def next_lengths(self, stream: int | None) -> tuple[LengthRows, int]:
+        """A row for the lengths after a step on ``stream``: the rows that it is one of, and its address."""
+        rows = self._lineage.rows
+        address = next(rows.addresses, 0) if rows is not None and rows.stream == stream else 0
+        if rows is None or not address:
+            rows = self._lineage.rows = LengthRows(len(self[0]), self[0].device, stream)
+            address = next(rows.addresses)
+        return rows, address
+
     def appended(self, seq_lens: Tensor, max_len: int, min_len: int) -> KVCache:
         """The same buffers with the lengths after a call."""
         return KVCache(self[0], self[1], seq_lens, max_len=max_len, min_len=min_len, like=self)
@@ -150,7 +172,7 @@ class KVCache(tuple[Tensor, Tensor]):
     def remember(self, call: Call, again: Relaunch) -> None:
         """Keep a launch for later calls; a handful, since each keeps its scratch."""
         if call.may_be_repeated:
-            self._lineage.relaunches = [(call, again), *self._lineage.relaunches[:7]]
+            self._lineage.relaunches = [(call, again), *self._lineage.relaunches[: KEPT - 1]]
 
     def has_fault(self) -> bool:
         """Whether the device has reported something for ``raise_known_faults`` to raise."""
@@ -197,6 +219,8 @@ class _Lineage:
         fault_view: the same memory as one int64, quicker to read.
         arrivals: ``KVCache.arrival_counters``.
         relaunches: launches to be repeated, the latest first.
+        scratch: ``KVCache.scratch``, by shapes.
+        rows: where the lengths after the next step go.
     """
 
     def __init__(self, buffers: tuple[Tensor, Tensor], fault: Tensor) -> None:
@@ -206,6 +230,8 @@ class _Lineage:
         self.fault_view = fault.numpy().data.cast("B").cast("q")
         self.arrivals: Tensor | None = None
         self.relaunches: list[tuple[Call, Relaunch]] = []
+        self.scratch: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
+        self.rows: LengthRows | None = None
 
 
 def _new_fault(device: torch.device) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcore import KVCache, attention_with_kv_cache
-from flashcore.fast import length_rows, relaunch
+from flashcore.fast import buffers, length_rows, relaunch, tuning
 from tests.tensors import DEVICE, normal
 
 SHAPE = (2, 3, 1, 8)
@@ -107,3 +109,30 @@ def test_rows_are_aligned_and_lie_apart(batch: int) -> None:
     assert [t.data_ptr() for t in tensors] == addresses
     assert all(address % 16 == 0 for address in addresses)
     assert [t.tolist() for t in tensors] == [[n] * batch for n in range(len(tensors))]
+
+
+def test_a_long_generation_holds_no_more_memory_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where steps go to a kernel whose programs take several splits."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda _: 3)
+    live: list[weakref.ref[Tensor]] = []
+    empty = buffers.empty
+
+    def counted(*arguments: Any) -> Tensor:
+        made = empty(*arguments)
+        live.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(buffers, "empty", counted)
+    held = []
+    with tuning.forced(kv_split_size=16, block_n=16):
+        cache = KVCache.allocate(1, 1, 256, 16, torch.float32, DEVICE)
+        for step in range(256):
+            (cache,) = decode(cache, 1)
+            if step % 16 == 15:
+                gc.collect()
+                tensors = [ref() for ref in live]
+                held.append(sum(tensor.nbytes for tensor in tensors if tensor is not None))
+
+    assert len(cache._lineage.relaunches) == 2
+    assert len(cache._lineage.scratch) == 1
+    assert max(held[10:]) == max(held[6:10])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from flashcore.fast import buffers, launching, tuning
-from flashcore.fast.length_rows import LengthRows
 
 if TYPE_CHECKING:
     from flashcore.cache import KVCache
@@ -150,7 +149,6 @@ class Relaunch:
         self.shares = _Shares(range(0), False, 0, 0, 0)
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
-        self.rows: LengthRows | None = None
 
     def is_for(self, past: KVCache) -> bool:
         """Whether the kernel is the one for rows as long as those of ``past``, as far as the host knows them."""
@@ -183,11 +181,8 @@ class Relaunch:
             return None
         launch = self.launch or self._prepare(past)
         out = buffers.empty(self.out_shape, self.dtype, self.device)
-        stream, rows = launch.current_stream(), self.rows
-        after = next(rows.addresses, 0) if rows is not None and rows.stream == stream else 0
-        if rows is None or not after:
-            rows = self.rows = LengthRows(self.batch, self.device, stream)
-            after = next(rows.addresses)
+        stream = launch.current_stream()
+        rows, after = past.next_lengths(stream)
         lse, shares = None, self.shares
         changed: list[Any]
         if self.compiled is None:
@@ -222,13 +217,12 @@ class Relaunch:
     def _prepare(self, past: KVCache) -> launching.Launch:
         """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.
 
-        All steps use the same: two launches at once on one lineage would already race for its slots.
+        All steps on these buffers use the same: two launches at once would already race for slots of the cache.
         """
         names = self.kernel.arg_names
         changing = [*CHANGING, "lse_ptr"] if self.lse_shape else CHANGING
         if self.splits_later:
-            self.scratch = [buffers.empty(shape, torch.float32, self.device) for shape in self.partial_shapes]
-            self.scratch.append(past.arrival_counters(self.heads * self.row_tiles))
+            self.scratch = [*past.scratch(self.partial_shapes), past.arrival_counters(self.heads * self.row_tiles)]
             for name, tensor in zip(SCRATCH, self.scratch, strict=True):
                 self.arguments[names.index(name)] = tensor if self.compiled is None else tensor.data_ptr()
         self.launch = launching.repeated(

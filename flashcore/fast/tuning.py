@@ -79,7 +79,7 @@ class LaunchPlan:
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
-        if takes_several and (self.num_warps == 8 or self.arch != 90):
+        if self.path == "split" and (self.num_warps == 8 or (takes_several and self.arch != 90)):
             options["maxnreg"] = 255  # without a number the assembler spills a few, for an occupancy of no use here
         return options
 
