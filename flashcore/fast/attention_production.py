@@ -548,7 +548,9 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     appends = problem.seq_lens_out is not None
     if grid_splits > 1 or (appends and plan.grid_splits(problem.slot_limit) > 1):
         arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
-    splits = (grid_splits, splits_per_program, plan.kv_split_size, plan.few_splits, plan.max_splits)
+    splits = (
+        grid_splits, splits_per_program, plan.unsplit_size, plan.kv_split_size, plan.few_splits, plan.max_splits,
+    )  # fmt: skip
     arguments = [
         *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip

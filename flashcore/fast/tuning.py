@@ -49,6 +49,7 @@ class LaunchPlan:
         block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
         block_d: columns of a tile, head_dim and padding.
         one_query: whether q_len is 1 (split path): the one new token is taken without a product of tiles.
+        unsplit_size: slots of the longest row that is not split.
         kv_split_size: slots of a split until there are few_splits of them; a multiple of block_n.
         few_splits: from here on splits become longer, too.
         max_splits: a row's splits grow rather than become more than this.
@@ -63,6 +64,7 @@ class LaunchPlan:
     block_new: int
     block_d: int
     one_query: bool
+    unsplit_size: int
     kv_split_size: int
     few_splits: int
     max_splits: int
@@ -85,7 +87,7 @@ class LaunchPlan:
 
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
-        if self.path == "prefill":
+        if self.path == "prefill" or cached <= self.unsplit_size:
             return 1
         size = self.kv_split_size
         wanted = max(
@@ -114,7 +116,7 @@ class LaunchPlan:
         if not self.one_query:
             return 1
         most = self.grid_splits(bound)
-        enough = multiprocessors * 3 // 4
+        enough = multiprocessors * 2 // 3
         if rows >= enough and (is_even or longest <= self.few_splits * self.kv_split_size):
             return most
         groups = ceil_div(self.grid_splits(longest), SPLIT_GROUP)
@@ -211,7 +213,7 @@ def architecture(device: torch.device) -> int:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; for the CPU a few, so that small batches differ in how they are shared out, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 9
 
 
 def plan(
@@ -256,6 +258,7 @@ def plan(
         block_new=max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n,
         block_d=block_d,
         one_query=one_query,
+        unsplit_size=kv_split_size if _forced.kv_split_size or not one_query else 2 * kv_split_size,
         kv_split_size=kv_split_size,
         few_splits=min(FEW_SPLITS, max_splits) if one_query and _forced.kv_split_size is None else max_splits,
         max_splits=max_splits,

@@ -129,7 +129,7 @@ MUTANTS = (
         Edit(WRAPPER, "min_len=lengths.shortest_after()", "min_len=lengths.shortest_after() // 2"),
         Edit(
             TUNING,
-            'multi_processor_count if device.type == "cuda" else 8',
+            'multi_processor_count if device.type == "cuda" else 9',
             'multi_processor_count // 2 if device.type == "cuda" else 4',
         ),
         Edit(

@@ -60,7 +60,7 @@ MUTANTS = (
         "STATE",
         "repeated launches write their lengths to one place",
         "a fork from a KVCache of a repeated call",
-        (Edit(RELAUNCH, "next(rows.addresses, 0) if", "rows.first if"),),
+        (Edit(CACHE, "next(rows.addresses, 0) if", "rows.first if"),),
         STEPS,
     ),
     Mutant(

@@ -14,7 +14,7 @@ _MERGE = """\
     alpha = tl.exp2(m_i - m_base)
     beta = tl.exp2(m_s - m_base)
 """
-_SPLITS = "splits = (grid_splits, splits_per_program, plan.kv_split_size, plan.few_splits, plan.max_splits)"
+_SPLITS = "plan.unsplit_size, plan.kv_split_size, plan.few_splits, plan.max_splits,"
 _MINE = "mine = scratch + first_split // splits_per_program * step"
 _COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), size"
 _EXISTS = "exists = in_tile & (some + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)"

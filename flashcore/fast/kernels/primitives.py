@@ -364,16 +364,18 @@ def tile_rows(
 
 
 @triton.jit
-def row_splits(cached, kv_split_size, few_splits, max_splits, BLOCK_N: tl.constexpr):
+def row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOCK_N: tl.constexpr):
     """Number of splits of a row with ``cached`` slots, and the slots of each but the last, in whole tiles.
 
-    ``LaunchPlan.grid_splits`` and ``split_size`` are the same arithmetic on the host. Splits of ``kv_split_size`` until
+    ``LaunchPlan.grid_splits`` and ``split_size`` are the same arithmetic on the host. One split up to
+    ``unsplit_size`` slots; then splits of ``kv_split_size`` until
     there are ``few_splits``, of twice that until there are twice as many, then of eight times that; longer ones rather
     than more than ``max_splits``.
     """
     wanted = tl.minimum(tl.cdiv(cached, kv_split_size), few_splits)
     wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(cached, 2 * kv_split_size), 2 * few_splits))
     wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size)), max_splits)
+    wanted = tl.where(cached <= unsplit_size, 1, wanted)
     size = tl.maximum(tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) * BLOCK_N
     return tl.maximum(tl.cdiv(cached, size), 1), size
 

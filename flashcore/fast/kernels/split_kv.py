@@ -30,7 +30,7 @@ from flashcore.fast.kernels.primitives import (
 # the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit flags
-    grid_splits splits_per_program kv_split_size few_splits max_splits
+    grid_splits splits_per_program unsplit_size kv_split_size few_splits max_splits
     stride_seq stride_new
     stride_qb stride_qh stride_qm
     stride_kcb stride_kch stride_kcn stride_vcb stride_vch stride_vcn
@@ -44,7 +44,7 @@ def split_kv_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
     qk_scale,
     max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, flags,
-    grid_splits, splits_per_program, kv_split_size, few_splits, max_splits,
+    grid_splits, splits_per_program, unsplit_size, kv_split_size, few_splits, max_splits,
     stride_seq, stride_new,
     stride_qb, stride_qh, stride_qm,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
@@ -79,7 +79,7 @@ def split_kv_attention(
     cached, new_keys, num_queries, lengths_ok = row_lengths(
         b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
     )
-    num_splits, split_size = row_splits(cached, kv_split_size, few_splits, max_splits, BLOCK_N)
+    num_splits, split_size = row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOCK_N)
     if first_split >= num_splits:
         return
     is_last = first_split + splits_per_program >= num_splits
