@@ -144,10 +144,11 @@ MUTANTS = (
         "the first split of a group is not merged with nothing, and short chunks are shared out in groups, too",
         Edit(
             PRIMITIVES,
-            "                else:\n                    group_acc, group_m, group_l = merge_partial(",
-            "                elif some + i == first:\n"
-            "                    group_acc, group_m, group_l = acc_s + 0.0, m_s, l_s\n"
-            "                else:\n                    group_acc, group_m, group_l = merge_partial(",
+            "            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_0, m_0, l_0)\n",
+            "            if not ARE_GROUPS:\n"
+            "                group_acc, group_m, group_l = acc_0 + 0.0, m_0, l_0\n"
+            "            else:\n"
+            "                group_acc, group_m, group_l = merge_partial(acc, m_i, l_i, acc_0, m_0, l_0)\n",
         ),
         Edit(SPLIT_KV, "    if not SEVERAL:\n        splits_per_program = 1\n", ""),
         Edit(TUNING, "        if not self.one_query:\n            return 1\n", ""),

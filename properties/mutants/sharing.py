@@ -16,8 +16,8 @@ _NEW_SPLIT = "                acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)\n"
 _NEW_GROUP = "                    group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)\n"
 _LAST_OF_GROUP = "            acc, m_i, l_i = merge_partial(group_acc, group_m, group_l, acc, m_i, l_i)\n"
 _STORED_GROUP = """\
-    for first in range(0, num_partials, SPLIT_GROUP):
-        group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+        if not ARE_GROUPS:
+            group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
 """
 _SEVERAL = '"SEVERAL": splits_per_program > 1'
 _TAKE = "return min(SPLIT_GROUP, most) if"
@@ -137,9 +137,9 @@ MUTANTS = (
         "stored splits are merged one after the other, stored groups in groups",
         "programs with one of five splits or more, a batch in which they have more",
         (
-            Edit(PRIMITIVES, "            if ARE_GROUPS:\n", "            if not ARE_GROUPS:\n"),
+            Edit(PRIMITIVES, "        if not ARE_GROUPS:\n", "        if ARE_GROUPS:\n"),
             Edit(
-                PRIMITIVES, "        if not ARE_GROUPS:\n            acc,", "        if ARE_GROUPS:\n            acc,"
+                PRIMITIVES, "        if ARE_GROUPS:\n            acc,", "        if not ARE_GROUPS:\n            acc,"
             ),
         ),
         BITS,
@@ -150,7 +150,7 @@ MUTANTS = (
         "programs with one of five splits or more",
         PRIMITIVES,
         _STORED_GROUP,
-        "".join(f"    {line.strip()}\n" for line in reversed(_STORED_GROUP.splitlines())),
+        "",
     ),
     _sharing(
         "F414",
@@ -355,16 +355,16 @@ MUTANTS = (
         "where registers are few only the first stored split of each group is merged",
         "programs with one of several splits, wide tiles",
         PRIMITIVES,
-        "for some in range(first, first + SPLIT_GROUP, AT_ONCE):",
-        "for some in range(first, first + AT_ONCE, AT_ONCE):",
+        "for i in range(first, first + SPLIT_GROUP):",
+        "for i in range(first, first + 1):",
     ),
     _sharing(
         "F438",
-        "where registers are many stored splits are merged several times",
+        "where registers are many the second stored state of a group stands in for the third, too",
         "programs with one of several splits",
         PRIMITIVES,
-        "for some in range(first, first + SPLIT_GROUP, AT_ONCE):",
-        "for some in range(first, first + SPLIT_GROUP):",
+        "group_l, acc_2, m_2, l_2)",
+        "group_l, acc_1, m_1, l_1)",
     ),
     _sharing(
         "F439",

@@ -17,7 +17,7 @@ _MERGE = """\
 _SPLITS = "plan.unsplit_size, plan.kv_split_size, plan.few_splits, plan.max_splits,"
 _MINE = "mine = scratch + first_split // splits_per_program * step"
 _COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), size"
-_EXISTS = "exists = in_tile & (some + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)"
+_EXISTS = "exists = in_tile & (partial + tl.zeros_like(rows) < num_partials)"
 _ARRIVAL = """\
         arrival_ptr = arrivals_ptr + kv_head * tl.num_programs(1) + tile
         merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1
@@ -157,8 +157,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                'm_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))',
-                "m_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=0.0)",
+                'm_i = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))',
+                "m_i = tl.load(partial_m_ptr + at + rows, mask=exists, other=0.0)",
             ),
         ),
         ("lse_over_several_splits", *VALUES),

@@ -264,35 +264,59 @@ def merge_partial(acc, m_i, l_i, acc_s, m_s, l_s):
 
 
 @triton.jit
+def stored_partial(
+    partial, num_partials, partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, head_dim, in_tile, in_head
+):
+    """The stored state number ``partial``, acc [BLOCK_M, BLOCK_D], m_i and l_i [BLOCK_M], or that of no keys."""
+    rows = tl.arange(0, in_tile.shape[0])
+    offs_d = tl.arange(0, in_head.shape[0])
+    exists = in_tile & (partial + tl.zeros_like(rows) < num_partials)
+    at = scratch + partial * step
+    m_i = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))
+    l_i = tl.load(partial_l_ptr + at + rows, mask=exists, other=0.0)
+    in_partial = rows[:, None] * head_dim + offs_d[None, :]
+    acc = tl.load(partial_out_ptr + at * head_dim + in_partial, mask=exists[:, None] & in_head[None, :], other=0.0)
+    return acc, m_i, l_i
+
+
+@triton.jit
 def merge_stored(
-    partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, num_partials, head_dim, in_tile,
+    num_partials, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ARE_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Merge the stored states of a row's splits or groups of splits (ARE_GROUPS), in their order: the same bits always.
 
     The first begins at row ``scratch`` of each array, the others follow ``step`` rows apart.
     """
-    rows = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = (offs_d < head_dim)[None, :]
-    in_partial = rows[:, None] * head_dim + offs_d[None, :]
+    n = num_partials
     acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
-    # Several at once, as registers allow: the latencies of their loads overlap.
-    AT_ONCE: tl.constexpr = 4 if BLOCK_M * BLOCK_D <= 2048 else 1
     for first in range(0, num_partials, SPLIT_GROUP):
-        group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
-        for some in range(first, first + SPLIT_GROUP, AT_ONCE):
-            for i in tl.static_range(AT_ONCE):
-                exists = in_tile & (some + i + tl.zeros([BLOCK_M], tl.int32) < num_partials)
-                at = scratch + (some + i) * step
-                m_s = tl.load(partial_m_ptr + at + rows, mask=exists, other=-float("inf"))
-                l_s = tl.load(partial_l_ptr + at + rows, mask=exists, other=0.0)
-                acc_s = tl.load(partial_out_ptr + at * head_dim + in_partial, mask=exists[:, None] & mask_d, other=0.0)
-                if ARE_GROUPS:
-                    acc, m_i, l_i = merge_partial(acc, m_i, l_i, acc_s, m_s, l_s)
-                else:
-                    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_s, m_s, l_s)
+        group_acc, group_m, group_l = acc, m_i, l_i
         if not ARE_GROUPS:
+            group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+        if BLOCK_M * BLOCK_D <= 2048:
+            # All four are loaded before the first is merged: then their latencies overlap.
+            acc_0, m_0, l_0 = stored_partial(first, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+            acc_1, m_1, l_1 = stored_partial(
+                first + 1, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
+            )
+            acc_2, m_2, l_2 = stored_partial(
+                first + 2, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
+            )
+            acc_3, m_3, l_3 = stored_partial(
+                first + 3, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
+            )
+            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_0, m_0, l_0)
+            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_1, m_1, l_1)
+            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_2, m_2, l_2)
+            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_3, m_3, l_3)
+        else:
+            for i in range(first, first + SPLIT_GROUP):
+                acc_i, m_s, l_s = stored_partial(i, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+                group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_i, m_s, l_s)
+        if ARE_GROUPS:
+            acc, m_i, l_i = group_acc, group_m, group_l
+        else:
             acc, m_i, l_i = merge_partial(acc, m_i, l_i, group_acc, group_m, group_l)
     return acc, m_i, l_i
 

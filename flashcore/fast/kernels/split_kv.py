@@ -192,7 +192,7 @@ def split_kv_attention(
         if merges:
             tl.store(arrival_ptr, 0)
             acc, m_i, l_i = merge_stored(
-                partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, num_partials, head_dim, in_tile,
+                num_partials, partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, head_dim, in_tile, in_head,
                 BLOCK_M, BLOCK_D, SEVERAL,
             )  # fmt: skip
     if merges:
