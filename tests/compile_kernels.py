@@ -88,7 +88,7 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     compiled = triton.compile(
         ASTSource(kernel, signature, flags, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options=plan.compiler_options(takes_several=flags.get("SEVERAL", False)),
+        options=plan.compiler_options(),
     )
     registers, spills = registers_and_spills(compiled.asm["cubin"])
     return {

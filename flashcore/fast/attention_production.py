@@ -556,7 +556,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     ]  # fmt: skip
     constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": splits_per_program > 1}
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
-    options = plan.compiler_options(takes_several=splits_per_program > 1)
+    options = plan.compiler_options()
     programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch
     compiled = split_kv_attention[programs, row_tiles](*arguments, **options)
     if problem.call is not None and problem.owner is not None:

@@ -72,8 +72,8 @@ class LaunchPlan:
     num_stages: int
     arch: int
 
-    def compiler_options(self, *, takes_several: bool = False) -> dict[str, int | bool]:
-        """What the kernels are compiled with; ``takes_several``: a program takes several splits.
+    def compiler_options(self) -> dict[str, int | bool]:
+        """What the kernels are compiled with.
 
         No contraction of a * b + c: the difference of two rounded logits is never positive, so that no weight passes 1.
         Contracted, the larger of two huge logits could exceed its own rounded maximum, and its weight overflow; and
@@ -81,7 +81,7 @@ class LaunchPlan:
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
-        if self.path == "split" and (self.num_warps == 8 or (takes_several and self.arch != 90)):
+        if self.path == "split" and (self.num_warps == 8 or self.arch != 90):
             options["maxnreg"] = 255  # without a number the assembler spills a few, for an occupancy of no use here
         return options
 
