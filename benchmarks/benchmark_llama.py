@@ -32,7 +32,7 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of the table; times in milliseconds, memory in MiB; None where there is no figure."""
+    """One cell of the table: milliseconds, and peak MiB above what the model holds; None where there is no figure."""
 
     model: str
     implementation: str
@@ -162,8 +162,9 @@ def run(model: str, built: Any, implementation: str, length: int, longest: int, 
     import torch
 
     try:
+        held = torch.cuda.memory_allocated() if device == "cuda" else 0
         with torch.no_grad():
-            return measure(model, Decoder(built, implementation, length, longest), device)
+            return measure(model, Decoder(built, implementation, length, longest), device, held)
     except Exception as error:  # whatever a compiler or a library raises costs one cell, not the table
         return Row(model, implementation, length, None, None, None, None, _brief(error))
 
@@ -218,8 +219,8 @@ class Decoder:
         return logits
 
 
-def measure(model: str, decoder: Decoder, device: str) -> Row:
-    """Time a step, and its replay in a CUDA graph."""
+def measure(model: str, decoder: Decoder, device: str, held: int) -> Row:
+    """Time a step, and its replay in a CUDA graph; ``held``: bytes that the model and earlier rows had on the GPU."""
     import torch
 
     from benchmarks.timing import time_on_gpu, time_on_host
@@ -233,7 +234,7 @@ def measure(model: str, decoder: Decoder, device: str) -> Row:
         samples=20 if on_gpu else 3,
         synchronise=torch.cuda.synchronize if on_gpu else lambda: None,
     )
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**20 if on_gpu else None
     graph_ms, note = None, ""
     if on_gpu:
         expected = decoder.step()
