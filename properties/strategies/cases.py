@@ -365,6 +365,8 @@ def _patches(draw: Draw, fields: Fields) -> tuple[Patch, ...]:
         tokens = row.cached + (sum(row.new) if fields["op"] != "attention" else 0)
         # Counted from the newest token: the one every later step sees, too.
         age = choose(draw, f"patches[{p}].age", tuple(range(64)))
+        if choose(draw, f"patches[{p}].is_recent", (True, False)):
+            age %= max(1, *row.new)  # where a diagonal hides it from some queries and shows it to others
         patches.append(
             Patch(
                 tensor="value" if kind == "value" else "key",
