@@ -136,10 +136,9 @@ class Relaunch:
         self.dtype = query.dtype
         self.out_shape = tuple(query.shape)
         self.lse_shape = self.out_shape[:3] if return_lse else None
-        self.batch = query.shape[0]
         self.q_len = query.shape[2]
         self.cache_pointers = (cache[0].data_ptr(), cache[1].data_ptr())
-        rows = [self.batch, cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
+        rows = [query.shape[0], cache[0].shape[1], plan.grid_splits(slot_limit), query.shape[1] // cache[0].shape[1]]
         rows[3] *= self.q_len
         self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
         self.splits_later = rows[2] > 1
