@@ -15,10 +15,15 @@ from flashcore.fast import attention_production, tuning
 from properties.case import Case
 from properties.schedule import Outline, outline
 from properties.strategies import cases
+from references.tiling import MERGE_GROUP
 from tests.splits_kernel import splits_of_rows
 from tests.tensors import DEVICE, normal
 
 LENGTHS = range(1, 400)
+
+
+def test_the_error_bound_counts_the_groups_that_the_kernels_merge() -> None:
+    assert tuning.SPLIT_GROUP == MERGE_GROUP
 
 
 def plans() -> list[tuning.LaunchPlan]:

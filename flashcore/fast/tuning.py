@@ -35,7 +35,10 @@ MAX_SPLITS = 64
 """A row's splits grow rather than become more than this."""
 
 SPLIT_GROUP = 4
-"""Splits are merged in groups of so many, and then the groups: so that one program can take a group."""
+"""Splits are merged in groups of so many, and then the groups: so that one program can take a group.
+
+``merge_stored`` names four, and the error bound counts ``references.tiling.MERGE_GROUP``.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

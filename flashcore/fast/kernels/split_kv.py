@@ -52,24 +52,28 @@ def split_kv_attention(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
     ONE_QUERY: tl.constexpr, SEVERAL: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attend one tile of (query, head) rows to one range of the cached keys; the last program to arrive merges.
+    """Attend one tile of (query, head) rows to one split of the cached keys or several; the last to arrive merges.
 
-    The ranges of a batch row follow from its own length alone (``split_range``), never from the batch or the capacity:
-    that is what makes its bits independent of its neighbours. The last range also takes the new tokens. ONE_QUERY says
-    that q_len is 1, as in a decode step: then there is one new token, and no product of tiles is spent on it.
+    The splits of a batch row follow from its own length alone (``row_splits``), never from the batch or the capacity,
+    and are merged in groups of SPLIT_GROUP, then the groups: so a row's bits do not depend on its neighbours, nor on
+    how many splits a program takes. That is one, or (SEVERAL) ``splits_per_program``: a group, or no fewer than any
+    row has. The last split also takes the new tokens. ONE_QUERY says that q_len is 1, as in a decode step: then there
+    is one new token, and no product of tiles is spent on it.
 
     Scratch: partial_out [batch, num_kv_heads, grid_splits, q_len * group_size, head_dim], partial_m and partial_l
-    without the last dimension, float32; arrivals [batch, num_kv_heads, row_tiles] int32, zero before and after.
-    Grid: [grid_splits x num_kv_heads x batch, row_tiles]; programs past a row's own ranges leave.
+    without the last dimension, float32, of which each program of a row fills one place, in order; arrivals [batch,
+    num_kv_heads, row_tiles] int32, zero before and after.
+    Grid: [ceil(grid_splits / splits_per_program) x num_kv_heads x batch, row_tiles]; programs past a row's own splits
+    leave.
     """
     head_dim = known_multiple_of_8(head_dim)
     stride_kcb, stride_kch, stride_kcn = known_multiples_of_8(stride_kcb, stride_kch, stride_kcn)
     stride_vcb, stride_vch, stride_vcn = known_multiples_of_8(stride_vcb, stride_vch, stride_vcn)
     stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
     stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
-    # The splits of a row are neighbours, so that rows are finished, and merged, while others are still read.
     if not SEVERAL:
         splits_per_program = 1
+    # The programs of a row are neighbours, so that rows are finished, and merged, while others are still read.
     row_programs = tl.cdiv(grid_splits, splits_per_program)
     first_split = tl.program_id(0) % row_programs * splits_per_program
     h = tl.program_id(0) // row_programs % num_kv_heads
