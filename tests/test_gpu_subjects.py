@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +18,15 @@ from properties import device, subjects
 from properties.capabilities import NotOffered
 from properties.case import Case, Row, Step
 from properties.checking import check
-from properties.subjects import SubjectError
-from properties.subjects.adapter import as_subject
+from properties.subjects import SubjectError, flashinfer_attention
+from properties.subjects.adapter import Adapter, as_subject
+from properties.subjects.flag_gems_attention import Paged as FlagGemsPaged
+from properties.subjects.flag_gems_attention import Varlen as FlagGemsVarlen
+from properties.subjects.flashinfer_attention import FlashInfer
 from properties.subjects.flex_attention import FlexCompiled, FlexEager
 from properties.subjects.torch_sdpa import Cudnn, FlashCuda
 from properties.subjects.torch_varlen import Varlen
+from properties.subjects.xformers_splitk import SplitK
 from tests.command_line import properties
 
 ON_A_GPU_ALONE = [name for name in subjects.ADAPTERS if subjects.find(name).capabilities.devices == ("cuda",)]
@@ -35,7 +42,7 @@ ALIKE = Case(
     capacity=40,
     values="normal",
 )
-RAGGED = replace(ALIKE, rows=(Row(5, (3, 1)), Row(0, (2, 1), 1), Row(17, (0, 1), 2)))
+RAGGED = replace(ALIKE, rows=(Row(13, (3, 1)), Row(0, (2, 1), 1), Row(17, (0, 1), 2)))
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +88,38 @@ def test_a_causal_call_without_a_mask_is_aligned_with_the_last_key(
     assert 0 < check(replace(ALIKE, group_size=group_size), as_subject(FlashCuda(), "flash")).out < 1
 
 
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row, [tokens, heads, head_dim] each, and its log-sum-exps [tokens, heads]; what sees no key is garbage."""
+    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
+    logits = q @ k.mT * scale
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1 + k.shape[1] - q.shape[1]) > 0, -torch.inf)
+    return (logits.softmax(-1) @ v).transpose(0, 1).to(query.dtype), logits.logsumexp(-1).T
+
+
+def attend_packed(
+    query: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    ends_q: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows one after the other."""
+    rows = torch.split(query, ends_q.diff().tolist())
+    results = [attend(q, k, v, scale, is_causal) for q, k, v in zip(rows, keys, values, strict=True)]
+    outs, sums = zip(*results, strict=True)
+    return torch.cat(outs), torch.cat(sums)
+
+
+def in_pages(pages: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """[length, heads, head_dim], what pages in the order of a table hold."""
+    return pages[table[: -(-length // pages.shape[1])].long()].flatten(0, 1)[:length]
+
+
 def varlen_attn(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -94,29 +133,148 @@ def varlen_attn(
     scale: float,
     window_size: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over packed rows, one after the other."""
+    """PyTorch's."""
     assert return_aux.lse
     assert (max_q, max_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
-    outs, sums = [], []
-    for b in range(len(ends_q) - 1):
-        queries, keys = slice(*ends_q[b : b + 2].tolist()), slice(*ends_k[b : b + 2].tolist())
-        q, k, v = (x.float().transpose(0, 1) for x in (query[queries], key[keys], value[keys]))
-        logits = q @ k.mT * scale
-        if window_size == (-1, 0):
-            logits = logits.masked_fill(torch.ones_like(logits).triu(1 + k.shape[1] - q.shape[1]) > 0, -torch.inf)
-        outs.append((logits.softmax(-1) @ v).transpose(0, 1).to(query.dtype))
-        sums.append(logits.logsumexp(-1))
-    return torch.cat(outs), torch.cat(sums, dim=1)
+    keys, values = (list(torch.split(x, ends_k.diff().tolist())) for x in (key, value))
+    out, lse = attend_packed(query, keys, values, ends_q, scale, window_size == (-1, 0))
+    return out, lse.T
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_rows_are_packed_and_unpacked(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def flash_attn_varlen_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    """FlagGems'."""
+    assert options["return_softmax_lse"]
+    if "block_table" in options:
+        lengths = options["seqused_k"].tolist()
+        keys, values = (
+            [in_pages(x, row, n) for row, n in zip(options["block_table"], lengths, strict=True)] for x in (k, v)
+        )
+    else:
+        lengths = options["cu_seqlens_k"].diff().tolist()
+        keys, values = (list(torch.split(x, lengths)) for x in (k, v))
+    assert options["max_seqlen_k"] == max(lengths)
+    assert options["max_seqlen_q"] == int(options["cu_seqlens_q"].diff().max())
+    out, lse = attend_packed(q, keys, values, options["cu_seqlens_q"], options["softmax_scale"], options["causal"])
+    return out, lse.T
+
+
+class PagedWrapper:
+    """FlashInfer's, for decoding and for prompts; one of them for all calls."""
+
+    def __init__(self, workspace: torch.Tensor, layout: str, *, backend: str) -> None:
+        assert (len(workspace), layout, backend) == (128 << 20, "NHD", "fa2")
+
+    def run(self, query: torch.Tensor, cache: Any, *, return_lse: bool) -> Any:
+        assert return_lse
+        tables = torch.split(self.table, self.ends_pages.diff().tolist())
+        lengths = [16 * max(len(t) - 1, 0) + int(n) for t, n in zip(tables, self.last, strict=True)]
+        keys, values = ([in_pages(x, t, n) for t, n in zip(tables, lengths, strict=True)] for x in cache)
+        out, lse = attend_packed(query, keys, values, self.ends_q, self.scale, self.is_causal)
+        return out, lse / math.log(2)
+
+    def plan_for(self, ends_q: torch.Tensor, cache: Any, is_causal: bool, sm_scale: float) -> None:
+        self.ends_q, self.is_causal, self.scale = ends_q, is_causal, sm_scale
+        self.ends_pages, self.table, self.last = cache
+
+
+class PrefillWrapper(PagedWrapper):
+    def plan(
+        self, ends_q: torch.Tensor, *args: Any, causal: bool, sm_scale: float, q_data_type: Any, kv_data_type: Any
+    ) -> None:
+        assert q_data_type == kv_data_type
+        self.plan_for(ends_q, args[:3], causal, sm_scale)
+
+
+class DecodeWrapper(PagedWrapper):
+    def plan(self, *args: Any, sm_scale: float, q_data_type: Any, kv_data_type: Any) -> None:
+        assert q_data_type == kv_data_type
+        self.plan_for(torch.arange(len(args[0])), args[:3], False, sm_scale)
+
+
+class Blocks:
+    """xformers' mask of rows that have keys of one length, used up to another."""
+
+    is_causal = False
+
+    def __init__(self, queries: list[int], padding: int, used: tuple[int, ...]) -> None:
+        self.queries, self.padding, self.used = queries, padding, used
+
+    @classmethod
+    def from_seqlens(cls, queries: list[int], padding: int, used: tuple[int, ...], device: torch.device) -> Blocks:
+        assert device.type == "cpu"
+        return cls(queries, padding, used)
+
+
+class CausalBlocks(Blocks):
+    is_causal = True
+
+
+def memory_efficient_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Blocks | None, *, scale: float, op: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """xformers': [rows, tokens, kv heads, group, head_dim], in which keys of a group are one."""
+    assert op == "split-k"
+    heads = query.shape[2:4]
+    q, k, v = (x.flatten(2, 3) for x in (query, key, value))
+    if bias is None:
+        rows = [attend(*row, scale, False) for row in zip(q, k, v, strict=True)]
+        outs, sums = (torch.stack(x) for x in zip(*rows, strict=True))
+        return outs.view(query.shape), sums.mT.reshape(len(q), *heads, -1)
+    assert len(q) == len(k) == 1
+    ends = torch.tensor([0, *bias.queries]).cumsum(0)
+    keys, values = (
+        [row[:n] for row, n in zip(torch.split(x[0], bias.padding), bias.used, strict=True)] for x in (k, v)
+    )
+    out, lse = attend_packed(q[0], keys, values, ends, scale, bias.is_causal)
+    return out.view(query.shape), lse.T.reshape(1, *heads, -1)
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for what they import."""
+    biases = {"BlockDiagonalPaddedKeysMask": Blocks, "BlockDiagonalCausalWithOffsetPaddedKeysMask": CausalBlocks}
+    fmha = SimpleNamespace(
+        attn_bias=SimpleNamespace(**biases),
+        memory_efficient_attention_forward_requires_grad=memory_efficient_attention,
+        triton_splitk=SimpleNamespace(FwOp="split-k"),
+    )
+    for name, module in {
+        "flag_gems": SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func),
+        "flashinfer": SimpleNamespace(
+            BatchDecodeWithPagedKVCacheWrapper=DecodeWrapper, BatchPrefillWithPagedKVCacheWrapper=PrefillWrapper
+        ),
+        "xformers": SimpleNamespace(),
+        "xformers.ops": SimpleNamespace(fmha=fmha),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, cast(Any, module))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(flashinfer_attention, "_workspace", lambda: torch.empty(128 << 20, dtype=torch.uint8))
 
-    for case in (ALIKE, RAGGED):
-        used = check(replace(case, is_causal=is_causal), as_subject(Varlen(), "varlen"))
-        assert 0 < used.out < 1
-        assert 0 < used.lse < 1
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kernel", [Varlen, FlagGemsVarlen, FlagGemsPaged, FlashInfer, SplitK])
+def test_rows_are_given_as_the_kernel_wants_them(kernel: type[Adapter], is_causal: bool) -> None:
+    """In a way that what it returns is right."""
+    offered = kernel.capabilities
+    rows = replace(RAGGED, is_causal=is_causal, head_dim=64)
+    if not offered.padding:
+        rows = replace(rows, rows=(Row(13, (3, 1)), Row(0, (3, 1), 1), Row(17, (3, 1), 2)))
+    plain = Case((Row(17, (4,)), Row(17, (4,), 1)), op="attention", head_dim=64, dtype="float16", values="normal")
+    for case in (replace(ALIKE, head_dim=64, is_causal=is_causal), rows, replace(plain, is_causal=is_causal)):
+        for group_size in {1, 3} & set(offered.groups):
+            used = check(replace(case, group_size=group_size), as_subject(kernel(), kernel.name))
+            assert 0 < used.out < 1
+            assert 0 < used.lse < 1
+
+
+@pytest.mark.usefixtures("foreign")
+def test_what_split_k_refuses_by_its_documents_is_no_verdict() -> None:
+    prompt = Case((Row(0, (17,)),), (Step(),), dtype="float16", head_dim=32)
+
+    assert check(prompt, as_subject(SplitK(), "split-k")).out < 1
+    with pytest.raises(NotOffered, match="causal calls of more than 16 queries"):
+        check(replace(prompt, is_causal=True), as_subject(SplitK(), "split-k"))
 
 
 def test_a_compiled_function_gets_what_the_eager_one_gets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,11 @@ class Call:
         return self.query.shape[1] // self.new_keys.shape[1]
 
     @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Real queries of each row."""
+        return self.new_lens if self.has_cache else (self.q_len,) * self.query.shape[0]
+
+    @property
     def kv_lens(self) -> tuple[int, ...]:
         """Keys of each row, the new ones included."""
         if not self.has_cache:

@@ -13,7 +13,7 @@ from properties.case import DTYPES, MAX_HEAD_DIM, MAX_HEADS
 from properties.subjects.observing import observe
 
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-WIDTH = 142
+WIDTH = 154
 
 
 def show(names: Sequence[str], console: Console | None = None) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
-
-import torch
 
 from properties.capabilities import Policy
 from properties.subjects.adapter import Adapter, Call, Result
+from properties.subjects.packing import ends, packed, unpacked
 from properties.subjects.torch_sdpa import CAPABILITIES
 
 _DOCS = "https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"
@@ -37,13 +35,13 @@ class Varlen(Adapter):
         """Pack the real tokens, attend, and unpack."""
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-        queries = call.new_lens if call.has_cache else (call.q_len,) * call.query.shape[0]
+        queries, device = call.query_lens, call.query.device
         out, lse = varlen_attn(
-            _packed(call.query, queries),
-            _packed(call.keys, call.kv_lens),
-            _packed(call.values, call.kv_lens),
-            _ends(queries, call.query.device),
-            _ends(call.kv_lens, call.query.device),
+            packed(call.query, queries),
+            packed(call.keys, call.kv_lens),
+            packed(call.values, call.kv_lens),
+            ends(queries, device),
+            ends(call.kv_lens, device),
             max(queries),
             max(call.kv_lens),
             return_aux=AuxRequest(lse=True),
@@ -51,18 +49,4 @@ class Varlen(Adapter):
             window_size=(-1, 0) if call.is_causal else (-1, -1),
         )
         # Documented as [tokens, heads], it is [heads, tokens].
-        unpacked = call.query.new_zeros(call.query.shape)
-        unpacked_lse = lse.new_zeros(call.query.shape[:3])
-        for b, (one, its_lse) in enumerate(zip(out.split(queries), lse.split(queries, dim=1), strict=True)):
-            unpacked[b, :, : len(one)] = one.transpose(0, 1)
-            unpacked_lse[b, :, : len(one)] = its_lse
-        return Result(unpacked, unpacked_lse)
-
-
-def _packed(tensor: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """[tokens of all rows, heads, head_dim]"""
-    return torch.cat([row[:, :n].transpose(0, 1) for row, n in zip(tensor, lengths, strict=True)])
-
-
-def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return Result(unpacked(out, queries, call.q_len), unpacked(lse.T, queries, call.q_len))

@@ -1,0 +1,79 @@
+"""FlashInfer on a cache in pages, called as a server does: one wrapper for decoding, one for prompts and chunks."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from properties.capabilities import Capabilities, Policy
+from properties.subjects.adapter import Adapter, Call, Result
+from properties.subjects.packing import PAGE, ends, packed, paged, unpacked
+
+_DOCS = "https://docs.flashinfer.ai/api/attention.html"
+WORKSPACE = 128 << 20
+"""Bytes that its documentation recommends."""
+
+
+class FlashInfer(Adapter):
+    """The kernels for any GPU ("fa2"); each dtype and head_dim is a module that is compiled by nvcc once."""
+
+    name = "flashinfer"
+    requires: ClassVar[dict[str, str]] = {"flashinfer-python": "flashinfer"}
+    capabilities = Capabilities(
+        dtypes=("float16", "bfloat16"),
+        head_dims=(64, 128),
+        groups=(1, 2, 3, 4, 6, 8, 16),  # Of the kernel for decoding.
+        cache="none",
+        overflow=False,
+        tiles=False,
+        empty=False,
+        blind=False,
+        devices=("cuda",),
+        policies={
+            "causal alignment": Policy("bottom-right", "documented", _DOCS, is_ours=True),
+            "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+            "bits across batches": Policy("may differ, unless fixed_split_size is given", "documented", _DOCS),
+        },
+    )
+
+    @cached_property
+    def decode(self) -> Any:
+        """For one query a row."""
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        return BatchDecodeWithPagedKVCacheWrapper(_workspace(), "NHD", backend="fa2")
+
+    @cached_property
+    def prefill(self) -> Any:
+        """For any number of queries a row."""
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        return BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend="fa2")
+
+    def run(self, call: Call) -> Result:
+        """Plan and run."""
+        pages = paged(call.keys, call.values, call.kv_lens)
+        dtype, device = call.query.dtype, call.query.device
+        cache = (
+            ends(pages.counts, device),
+            torch.tensor(pages.table, dtype=torch.int32, device=device),
+            torch.tensor(pages.last, dtype=torch.int32, device=device),
+        )
+        sizes = (call.query.shape[1], call.new_keys.shape[1], call.query.shape[3], PAGE)
+        options = {"sm_scale": call.scale, "q_data_type": dtype, "kv_data_type": dtype}
+        if call.q_len == 1:
+            wrapper, queries = self.decode, (1,) * len(call.query)
+            wrapper.plan(*cache, *sizes, **options)
+        else:
+            wrapper, queries = self.prefill, call.query_lens
+            wrapper.plan(ends(queries, device), *cache, *sizes, causal=call.is_causal, **options)
+        out, lse = wrapper.run(packed(call.query, queries), (pages.keys, pages.values), return_lse=True)
+        # The logarithm is to the base 2.
+        return Result(unpacked(out, queries, call.q_len), unpacked(lse, queries, call.q_len) * math.log(2))
+
+
+def _workspace() -> torch.Tensor:
+    return torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
