@@ -243,7 +243,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
         "flashinfer": SimpleNamespace(
             BatchDecodeWithPagedKVCacheWrapper=DecodeWrapper, BatchPrefillWithPagedKVCacheWrapper=PrefillWrapper
         ),
-        "xformers": SimpleNamespace(),
+        "xformers": SimpleNamespace(_has_cpp_library=True),
         "xformers.ops": SimpleNamespace(fmha=fmha),
     }.items():
         monkeypatch.setitem(sys.modules, name, cast(Any, module))
@@ -275,6 +275,15 @@ def test_what_split_k_refuses_by_its_documents_is_no_verdict() -> None:
     assert check(prompt, as_subject(SplitK(), "split-k")).out < 1
     with pytest.raises(NotOffered, match="causal calls of more than 16 queries"):
         check(replace(prompt, is_causal=True), as_subject(SplitK(), "split-k"))
+
+
+@pytest.mark.usefixtures("foreign")
+def test_split_k_without_its_extension_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers would refuse every call: no verdict on the kernel."""
+    monkeypatch.setattr("xformers._has_cpp_library", False)
+
+    with pytest.raises(SubjectError, match="built for another PyTorch or CUDA"):
+        SplitK()
 
 
 def test_a_compiled_function_gets_what_the_eager_one_gets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from properties.capabilities import Capabilities, NotOffered, Policy
+from properties.subjects import SubjectError
 from properties.subjects.adapter import Adapter, Call, Result
 
 _DOCS = "https://facebookresearch.github.io/xformers/components/ops.html"
@@ -39,6 +40,18 @@ class SplitK(Adapter):
             "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
         },
     )
+
+    def __init__(self) -> None:
+        """See whether xformers is whole.
+
+        Raises:
+            SubjectError: its extension does not load, without which it refuses every call on a GPU, kernels in Triton
+                included.
+        """
+        import xformers
+
+        if not xformers._has_cpp_library:
+            raise SubjectError("its extension was built for another PyTorch or CUDA: python -m xformers.info")
 
     def run(self, call: Call) -> Result:
         """Without a mask where all rows are alike, else as blocks of keys of one length, used up to another.
