@@ -2,109 +2,190 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from references.rounding_errors import Error
 from references.softmax import LN_2, Sequences, Softmax
+from references.weight_errors import Deviations
 
 Float64Array = NDArray[np.float64]
+IntArray = NDArray[np.intp]
 BoolArray = NDArray[np.bool_]
 
 # Numbers held at once while contributions of keys are added up.
-CHUNK = 1 << 19
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
-class ByGap:
-    """The keys of every row in the order of their gaps, [num_kv_heads, rows, kv_len]; hidden ones weigh nothing."""
+class Independent:
+    """What the errors of the weights of a softmax consist of; [num_kv_heads, rows, kv_len].
 
-    order: NDArray[np.intp]
-    gap: Float64Array  # ascending
+    Attributes:
+        own: w phi less what is common: from the score of the key itself.
+        common: w times one function of the gap.
+        square: of ``own``.
+        common_mass, square_mass: [num_kv_heads, rows], their sums.
+        second_order: [num_kv_heads, rows], sums of w phi**2.
+    """
 
-    def sorted(self, of_keys: Float64Array) -> Float64Array:
-        """[num_kv_heads, rows, kv_len] in this order."""
-        return np.take_along_axis(of_keys, self.order, axis=-1)
-
-    def equal(self) -> BoolArray:
-        """True where a new group of equal logits begins: their scores err alike."""
-        return _begins(self.gap)
-
-    def alike(self, p_error: Error) -> BoolArray:
-        """True where a new group of weights begins that agree to a quarter of P's rounding error: they round alike."""
-        return _begins(np.floor(self.gap * (4 * LN_2 / np.min(p_error))))
-
-
-def by_gap(exact: Softmax) -> ByGap:
-    """Sort the keys of every row."""
-    gap = -exact.gap
-    order = np.argsort(gap, axis=-1, kind="stable")
-    return ByGap(order, np.take_along_axis(gap, order, axis=-1))
+    own: Float64Array
+    common: Float64Array
+    square: Float64Array
+    common_mass: Float64Array
+    square_mass: Float64Array
+    second_order: Float64Array
 
 
-def _begins(labels: Float64Array) -> BoolArray:
-    first = np.ones(labels.shape, dtype=np.bool_)
-    np.not_equal(labels[..., 1:], labels[..., :-1], out=first[..., 1:])
-    return first
+def independent_of(exact: Softmax, deviations: Deviations) -> Independent:
+    """The parts of the error; ``deviations`` must be those of the alarm."""
+    assert deviations.shared is not None
+    weight, phi = exact.weight(), deviations.phi()
+    common = weight * deviations.shared
+    own = np.multiply(weight, phi, out=weight)
+    second_order = np.einsum("hrk,hrk->hr", own, phi)
+    own -= common
+    square = np.square(own, out=phi)
+    return Independent(own, common, square, common.sum(axis=-1), square.sum(axis=-1), second_order)
 
 
-def _norms(begins: BoolArray, contributions: Float64Array) -> Float64Array:
-    """Root of the sum over groups of (sum over the group)**2: [rows, kv_len, columns] to [rows, columns]."""
-    rows, kv_len, columns = contributions.shape
-    first = np.flatnonzero(begins)
-    sums = np.add.reduceat(contributions.reshape(rows * kv_len, columns), first, axis=0)
-    sums *= sums
-    of_row = np.searchsorted(first, np.arange(rows) * kv_len)
-    norms: Float64Array = np.sqrt(np.add.reduceat(sums, of_row, axis=0))
-    return norms
+@dataclass(frozen=True)
+class Groups:
+    """Groups of keys that err alike, each of a row; places beyond the last key of a group repeat its first one."""
+
+    head: IntArray  # [groups, 1]
+    row: IntArray  # [groups, 1]
+    keys: IntArray  # [groups, places]
+    inside: BoolArray  # [groups, places]
+
+    def of(self, of_keys: Float64Array) -> Float64Array:
+        """[num_kv_heads, rows, kv_len] to [groups, 1, places]; 0 beyond the last key."""
+        mine = of_keys[self.head, self.row, self.keys]
+        mine *= self.inside
+        return mine[:, None]
 
 
-def independent_errors(
-    keys: ByGap, own: Float64Array, rounded: Float64Array, p_error: Error, sequences: Sequences, out: Float64Array
-) -> tuple[Float64Array, Float64Array]:
-    """Root-sum-squares of the errors that are independent from key to key: scores, and roundings of P.
+class Alike:
+    """Keys of a row that err alike: their contributions are added before they are squared.
 
-    Errors that are alike are added before they are squared.
+    Sums of squares are cheap, and few keys err alike. So what is asked for is the excess: how much more the squares of
+    the groups of a row are than the squares of its keys.
+    """
+
+    def __init__(self, sequences: Sequences, exact: Softmax) -> None:
+        """Take the values, and the gaps of their weights."""
+        self.sequences = sequences
+        self.gap = -exact.gap
+        if exact.hidden is not None:
+            np.copyto(self.gap, np.inf, where=exact.hidden)
+
+    @cached_property
+    def tied(self) -> BoolArray:
+        """[num_kv_heads, rows]: which have equal logits, whose scores err alike."""
+        return np.asarray(_like_before(np.sort(self.gap, axis=-1)).any(axis=-1))
+
+    def excess(
+        self,
+        of_keys: Float64Array,
+        rows: BoolArray,
+        p_error: float | None = None,
+        centre: Float64Array | None = None,
+        more_than: float = 0.0,
+    ) -> Float64Array:
+        """The excess where the contribution of a key is s_j abs(v_j - centre).
+
+        Args:
+            of_keys: s_j, [num_kv_heads, rows, kv_len].
+            rows: [num_kv_heads, rows], for which it is wanted.
+            p_error: None: keys with equal logits err alike. Else the relative error of rounding P: weights that agree
+                to a quarter of it round alike.
+            centre: [num_kv_heads, rows, head_dim]; None: zeros.
+            more_than: so many groups, single keys included, a row must have, else infinity is returned.
+
+        Returns:
+            [num_kv_heads, rows, head_dim]; 0 in other rows.
+        """
+        head_dim = self.sequences.value.shape[-1]
+        values = self.sequences.value.reshape(-1, head_dim)
+        first_key, num_keys = self.sequences.first_key, self.sequences.value.shape[1]
+
+        def sizes(groups: Groups) -> Float64Array:
+            found: Float64Array = values[groups.head * num_keys + first_key[groups.row] + groups.keys]
+            if centre is not None:
+                found -= centre[groups.head, groups.row]
+            return np.abs(found, out=found)
+
+        result = np.zeros((*rows.shape, head_dim))
+        self._add_excess(result, of_keys, sizes, rows, p_error, more_than)
+        return result
+
+    def excess_of_sums(self, of_keys: Float64Array, rows: BoolArray, more_than: float) -> Float64Array:
+        """The excess of s_j alone where keys with equal logits err alike, [num_kv_heads, rows]."""
+        result = np.zeros((*rows.shape, 1))
+        self._add_excess(result, of_keys, lambda groups: np.ones((*groups.keys.shape, 1)), rows, None, more_than)
+        return result[..., 0]
+
+    def _add_excess(
+        self,
+        result: Float64Array,
+        of_keys: Float64Array,
+        sizes: Callable[[Groups], Float64Array],
+        rows: BoolArray,
+        p_error: float | None,
+        more_than: float,
+    ) -> None:
+        """Put the excess into an array of zeros, for contributions s_j times ``sizes`` [groups, places, columns]."""
+        head, row = np.nonzero(rows)
+        labels = self.gap[head, row]  # [rows wanted, kv_len]
+        order = np.argsort(labels, axis=-1)
+        labels = np.take_along_axis(labels, order, axis=-1)
+        if p_error is not None:
+            labels = np.floor(labels * (4 * LN_2 / p_error))
+        like = _like_before(labels)
+        many = (labels < np.inf).sum(axis=-1) - like.sum(axis=-1) > more_than
+        result[head[~many], row[~many]] = np.inf
+        for groups in _groups(head[many], row[many], order[many], like[many], result.shape[-1]):
+            share, size = groups.of(of_keys), sizes(groups)
+            excess = (share @ size)[:, 0]
+            excess *= excess
+            np.square(share, out=share)
+            np.square(size, out=size)
+            excess -= (share @ size)[:, 0]
+            place = groups.head[:, 0] * result.shape[1] + groups.row[:, 0]
+            begins = np.flatnonzero(np.diff(place, prepend=-1))
+            result.reshape(-1, result.shape[-1])[place[begins]] += np.add.reduceat(excess, begins, axis=0)
+
+
+def _like_before(labels: Float64Array) -> BoolArray:
+    """[..., n - 1]: whether a label is the one before it; hidden keys have infinite ones and are like nothing."""
+    return np.asarray((labels[..., 1:] == labels[..., :-1]) & (labels[..., 1:] < np.inf))
+
+
+def _groups(head: IntArray, row: IntArray, order: IntArray, like: BoolArray, columns: int) -> Iterator[Groups]:
+    """Groups of more than one key of some rows, those of about the same size together.
 
     Args:
-        keys: the order.
-        own: [num_kv_heads, rows, kv_len] error of each weight that comes from its own score.
-        rounded: like ``own``, error of each weight that comes from its rounding.
-        p_error: relative error of that rounding.
-        sequences: the values.
-        out: [num_kv_heads, rows, head_dim], exact.
-
-    Returns:
-        Two arrays like ``out``.
+        head, row: [rows wanted]
+        order: [rows wanted, kv_len] of the keys of each.
+        like: [rows wanted, kv_len - 1], see ``_like_before``.
+        columns: numbers to be held for each key.
     """
-    score, rounding = np.zeros_like(out), np.zeros_like(out)
-    own, equal = keys.sorted(own), keys.equal()
-    rounds = bool(np.any(p_error))
-    alike = keys.alike(p_error) if rounds else equal
-    rounded = keys.sorted(rounded) if rounds else rounded
-    for mine, theirs in zip(sequences.rows, sequences.keys, strict=True):
-        value = sequences.value[:, theirs]
-        kv_len = value.shape[-2]
-        step = max(1, CHUNK // value[0].size)
-        for h, values in enumerate(value):
-            for start in range(mine.start, mine.stop, step):
-                some = slice(start, min(start + step, mine.stop))
-                # Places that only longer sequences have weigh nothing.
-                in_order = values[np.minimum(keys.order[h, some], kv_len - 1)]  # [rows, kv_len, head_dim]
-                if rounds:
-                    sizes = np.abs(in_order)
-                    sizes *= rounded[h, some, :, None]
-                    rounding[h, some] = _norms(alike[h, some], sizes)
-                in_order -= out[h, some, None, :]
-                np.abs(in_order, out=in_order)
-                in_order *= own[h, some, :, None]
-                score[h, some] = _norms(equal[h, some], in_order)
-    return score, rounding
-
-
-def independent_norm(keys: ByGap, own: Float64Array) -> Float64Array:
-    """Root-sum-square over keys of ``own`` [num_kv_heads, rows, kv_len], equal logits added first."""
-    own, equal = keys.sorted(own), keys.equal()
-    return np.stack([_norms(first, numbers[..., None])[..., 0] for first, numbers in zip(equal, own, strict=True)])
+    # Nothing is before the first key of a row, and nothing after the last is like it.
+    like = np.pad(like, ((0, 0), (1, 1)))
+    first = np.flatnonzero(like[:, 1:] > like[:, :-1])
+    size = np.flatnonzero(like[:, 1:] < like[:, :-1]) - first + 1
+    its = first // order.shape[-1]
+    # Sizes of two significant bits, so that there are few.
+    unit = 1 << np.maximum(np.frexp(size)[1] - 2, 0)
+    rounded = -(-size // unit) * unit
+    for most in np.unique(rounded):
+        places = np.arange(most)
+        mine = np.flatnonzero(rounded == most)
+        step = max(1, CHUNK // (len(places) * columns))
+        for some in (mine[i : i + step] for i in range(0, len(mine), step)):
+            inside = places < size[some, None]
+            keys = order.reshape(-1)[first[some, None] + places * inside]
+            yield Groups(head[its[some], None], row[its[some], None], keys, inside)

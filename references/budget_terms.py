@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from references.alarm import ByGap, independent_errors, independent_norm
-from references.centred import Centred
+from references.alarm import Alike, Independent
+from references.centred import Centred, Moments
 from references.rounding import Format
-from references.rounding_errors import Arithmetic
-from references.softmax import LN_2, Magnitudes, Sequences, Softmax, lifted_magnitude
+from references.rounding_errors import Arithmetic, Error
+from references.softmax import LN_2, Sequences, Softmax, lifted_magnitude
 from references.tiling import Counts
 from references.weight_errors import Deviations, column, p_rounding
 
@@ -20,6 +22,9 @@ BoolArray = NDArray[np.bool_]
 
 TERMS = ("logit", "P", "accumulation", "sum", "underflow", "division", "output rounding", "oracle")
 LSE_TERMS = ("logit", "P", "sum", "underflow", "logarithm", "rounding", "oracle")
+
+# By how much of itself the alarm must be able to be less for independent errors to be looked at.
+NOTICED = 2.0**-20
 
 _EXPONENT_FIELD = 0x7FF << 52
 
@@ -51,56 +56,161 @@ def _hull(sequences: Sequences, out: Float64Array, rows: BoolArray) -> tuple[Flo
 
 
 @dataclass(frozen=True)
+class Shares:
+    """How much each key counts in the terms of a budget; [num_kv_heads, rows, kv_len], factors of the row left out.
+
+    Attributes:
+        of_values: powers, times 1 + phi where that is not in ``growth``, and the same times ``p_error`` if that is an
+            array. They belong to magnitudes of values, and ``growth`` to them.
+        of_distances: powers times phi, which belong to distances of values from the output, and ``part`` to them.
+        growth, part: [num_kv_heads, rows]
+        total: [num_kv_heads, rows] sums of ``of_distances``.
+        p_error: of rounding P where numerator and denominator do not have it in common.
+    """
+
+    of_values: list[Float64Array]
+    of_distances: Float64Array
+    growth: Float64Array
+    part: Float64Array
+    total: Float64Array
+    p_error: Error
+
+    def rounded(self) -> tuple[Float64Array, Error]:
+        """What the rounding of P is of each key, and its factor."""
+        return self.of_values[-1], self.p_error if isinstance(self.p_error, float) else 1.0
+
+
+def shares_of(exact: Softmax, deviations: Deviations, arithmetic: Arithmetic, gate: Shares | None = None) -> Shares:
+    """The shares of the gate, which may overwrite the deviations, or of the alarm, given those of the gate.
+
+    What the alarm has in common with the gate is the same object.
+    """
+    # 1 + phi of a key: of all its row, or where that is too much it is multiplied into the powers.
+    power, linear, slope = exact.power, deviations.linear, deviations.slope
+    growth = 1 + deviations.largest * (1 + 0.501 * deviations.largest)
+    if gate is not None and gate.of_values[0] is power and deviations.wide is None:
+        p_error, of_values = gate.p_error, gate.of_values
+    else:
+        p_error = p_rounding(exact, arithmetic)
+        if arithmetic.model.row_sum_from_p:  # then the rounding of P is common to numerator and denominator
+            linear = (1 + deviations.phi()) * (1 + p_error) - 1
+            p_error, slope, growth = 0.0, np.ones_like(slope), np.ones_like(growth)
+            power = power * (1 + linear)
+        elif deviations.wide is not None:
+            power = power.copy()
+            power[deviations.wide] *= 1 + linear[deviations.wide]
+            growth[deviations.wide] = 1.0
+        of_values = [power] if isinstance(p_error, float) else [power, power * p_error]
+    again = gate is not None or power is not exact.power
+    share = np.multiply(exact.power, linear, out=None if again else linear)
+    return Shares(of_values, share, growth, slope / exact.total, np.add.reduce(share, axis=-1), p_error)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over keys of all that the terms need of the values, [num_kv_heads, rows, head_dim] unless said otherwise.
+
+    Attributes:
+        weighted: of v, with the powers.
+        sizes: of abs(v), with each of ``Shares.of_values``.
+        lifted: the same, subnormal values lifted where a tensor core lifts them.
+        all_values: [num_kv_heads, sequences, head_dim] of abs(v), of all keys of a sequence.
+        moments: of v and v**2, with ``Shares.of_distances``, and for the alarm also with ``Independent.common`` and
+            ``Independent.square``.
+        rounded: of v**2, with squares of the roundings of P; the alarm's, where these are independent.
+    """
+
+    weighted: Float64Array
+    sizes: list[Float64Array]
+    lifted: list[Float64Array]
+    all_values: Float64Array
+    moments: list[Moments]
+    rounded: Float64Array | None = None
+
+
+def sums_of(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Arithmetic) -> Sums:
+    """The sums of the gate; not finite where a value is not."""
+    fmt, lifts = arithmetic.fmt, False
+
+    def lifted(value: Float64Array, room: Float64Array) -> Float64Array:
+        return lifted_magnitude(np.abs(value, out=room), fmt, True)
+
+    if arithmetic.fused:
+        lifts = any(
+            ((size > 0) & (size < fmt.smallest_normal)).any()
+            for size in (np.abs(sequences.value[piece.heads, piece.keys]) for piece in sequences.pieces)
+        )
+    (weighted, first), (*sizes, all_values), (second,), of_lifted = sequences.sums(
+        (None, [exact.power, shares.of_distances]),
+        (np.abs, [*shares.of_values, None]),
+        (np.square, [shares.of_distances]),
+        (lifted, [*shares.of_values] if lifts else []),
+    )
+    return Sums(weighted, sizes, of_lifted if lifts else sizes, all_values, [(first, second)])
+
+
+def sums_of_alarm(
+    sequences: Sequences,
+    exact: Softmax,
+    shares: Shares,
+    independent: Independent,
+    arithmetic: Arithmetic,
+    gate: tuple[Shares, Sums],
+) -> Sums:
+    """The sums of the alarm; those that it has in common with the gate are not taken again."""
+    of_gate, sums = gate
+    if shares.of_values is not of_gate.of_values:
+        sums = sums_of(sequences, exact, shares, arithmetic)
+    weights: list[Float64Array | None] = [shares.of_distances, independent.common, independent.square]
+    rounded: list[Float64Array | None] = []
+    if arithmetic.rounds_p and arithmetic.model.p_rounding == "nearest":
+        rounded.append(np.square(shares.rounded()[0]))
+    first, second = sequences.sums((None, weights), (np.square, [*weights, *rounded]))
+    moments = list(zip(first, second[:3], strict=True))
+    return dataclasses.replace(sums, moments=moments, rounded=second[3] if rounded else None)
+
+
+@dataclass(frozen=True)
 class Problem:
     """What the gate and the alarm have in common."""
 
     sequences: Sequences
     exact: Softmax
-    sizes: Magnitudes
     out: Float64Array  # exact
     size: Float64Array  # its magnitude
     centred: Centred
     seen: Counts
 
 
+@dataclass(frozen=True)
+class Likely:
+    """What the alarm knows of errors that are independent from key to key."""
+
+    independent: Independent
+    alike: Alike
+
+
 def out_terms(
-    problem: Problem, deviations: Deviations, arithmetic: Arithmetic, keys: ByGap | None = None
+    problem: Problem,
+    deviations: Deviations,
+    shares: Shares,
+    sums: Sums,
+    arithmetic: Arithmetic,
+    likely: Likely | None = None,
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
     """Sections (4) to (7), for finite values: [terms, num_kv_heads, rows, head_dim], their total, and sum w phi.
 
     The last term, of the oracle, is not filled in.
     """
     model, fmt = arithmetic.model, arithmetic.fmt
-    exact, sizes, seen, size = problem.exact, problem.sizes, problem.seen, problem.size
+    exact, seen, size = problem.exact, problem.seen, problem.size
 
-    p_error = p_rounding(exact, arithmetic)
     g = arithmetic.accumulation(seen, deviations.rescaling)
     if arithmetic.partial:
         g = (1 + g) * (1 + np.where(np.asarray(seen.splits) > 1, arithmetic.partial, 0.0)) - 1
-    lam = deviations.row_sum
-
-    # 1 + phi of a key: of all its row, or where that is too much it is multiplied into the powers.
-    power, linear, slope = exact.power, deviations.linear, deviations.slope
-    growth = 1 + deviations.largest * (1 + 0.501 * deviations.largest)
-    if model.row_sum_from_p:  # then the rounding of P is common to numerator and denominator
-        linear = (1 + deviations.phi()) * (1 + p_error) - 1
-        p_error, slope, growth = 0.0, np.ones_like(slope), np.ones_like(growth)
-        power = power * (1 + linear)
-    elif deviations.wide is not None:
-        power = power.copy()
-        power[deviations.wide] *= 1 + linear[deviations.wide]
-        growth[deviations.wide] = 1.0
-    # phi is needed again where it is not linear, and by the alarm.
-    again = model.row_sum_from_p or deviations.wide is not None or keys is not None
-    share = np.multiply(exact.power, linear, out=None if again else linear)
-    shares = np.add.reduce(share, axis=-1)
-    part = slope / exact.total
-    share_sum = shares * part
+    lam, p_error = deviations.row_sum, shares.p_error
+    share_sum = shares.total * shares.part
     mass = 1 + share_sum
-    weights = [power] if isinstance(p_error, float) else [power, power * p_error]
-    sums = problem.sequences.sums
-    magnitudes = sums(sizes.value, *weights)
-    lifted = magnitudes if sizes.lifted_value is sizes.value else sums(sizes.lifted_value, *weights)
 
     # (5) What underflow can lose, before the division by the total of the weights.
     operations = (2 * seen.keys + 4 * seen.tiles * seen.splits + 2) * arithmetic.floor
@@ -108,7 +218,7 @@ def out_terms(
 
     def lost(factor: Float64Array) -> Float64Array:
         """Of the numerators, times a factor of the row."""
-        of_values = problem.sequences.times(sizes.all_values, 2 * arithmetic.exp2_floor * factor)
+        of_values = problem.sequences.times(sums.all_values, 2 * arithmetic.exp2_floor * factor)
         of_values += column(operations * factor)
         return of_values
 
@@ -117,27 +227,15 @@ def out_terms(
     usable = None if denominator.min() > 0 else denominator > 0
     inverse = 1 / (denominator if usable is None else np.where(usable, denominator, 1.0))
     inverse_total = inverse / exact.total
-    grown = growth * inverse_total
+    grown = shares.growth * inverse_total
     terms = np.empty((len(TERMS), *size.shape))
+    p_factor = column(grown * shares.rounded()[1])
+    np.multiply(sums.sizes[-1], p_factor, out=terms[1])
     if isinstance(p_error, float):
-        np.multiply(magnitudes[0], column(grown * p_error), out=terms[1])
-        np.multiply(lifted[0], column(grown * (1 + p_error) * g), out=terms[2])
+        np.multiply(sums.lifted[0], column(grown * (1 + p_error) * g), out=terms[2])
     else:
-        np.multiply(magnitudes[1], column(grown), out=terms[1])
-        np.add(lifted[0], lifted[1], out=terms[2])
+        np.add(sums.lifted[0], sums.lifted[1], out=terms[2])
         terms[2] *= column(grown * g)
-    score_rss: Float64Array | None = None
-    confidence = arithmetic.confidence
-    if confidence is not None and keys is not None and deviations.shared is not None:
-        weight = exact.weight()
-        own = weight * (deviations.phi() - deviations.shared)
-        rounded = power * p_error
-        rounded *= column(growth / exact.total)
-        score_rss, p_rss = independent_errors(keys, own, rounded, p_error, problem.sequences, problem.out)
-        score_rss *= confidence
-        if model.p_rounding == "nearest":
-            p_rss *= column(confidence * inverse)
-            np.minimum(terms[1], p_rss, out=terms[1])
     np.multiply(size, column(lam * mass * inverse), out=terms[3])
     np.multiply(size, column(lost_sum * inverse_total), out=terms[4])
     terms[4] += lost(inverse_total)
@@ -147,13 +245,11 @@ def out_terms(
         rest: Float64Array = np.add.reduce(terms[1:5])
         return rest
 
-    problem.centred(share, shares, part * inverse, others, out=terms[0])
-    if score_rss is not None and deviations.shared is not None and not model.row_sum_from_p:
-        common = weight * deviations.shared
-        likely = problem.centred(common, np.add.reduce(common, axis=-1), inverse, others)
-        score_rss *= column(inverse)
-        likely += score_rss
-        np.minimum(terms[0], likely, out=terms[0])
+    problem.centred.mean(
+        shares.of_distances, sums.moments[0], shares.total, shares.part * inverse, others, out=terms[0]
+    )
+    if likely is not None and not model.row_sum_from_p:
+        _likely_terms(terms, problem, shares, sums, arithmetic, likely, inverse, p_factor, others)
     if usable is not None or share_sum.max() > 0.125:
         doubtful = ~(denominator > 0) | (share_sum > 0.125)
         distance, largest = _hull(problem.sequences, problem.out, doubtful)
@@ -189,6 +285,48 @@ def out_terms(
     return terms, total, share_sum
 
 
+def _likely_terms(
+    terms: Float64Array,
+    problem: Problem,
+    shares: Shares,
+    sums: Sums,
+    arithmetic: Arithmetic,
+    likely: Likely,
+    inverse: Float64Array,
+    p_factor: Float64Array,
+    others: Callable[[], Float64Array],
+) -> None:
+    """Take roots of sums of squares for the terms of logits and of P where that is less.
+
+    What keys that err alike add to a sum of squares is asked for only where it could matter.
+    """
+    independent, alike, confidence = likely.independent, likely.alike, arithmetic.confidence
+    assert confidence is not None
+    common, (first, second) = independent.common, sums.moments[2]
+    of_common = problem.centred.mean(common, sums.moments[1], independent.common_mass, inverse, others)
+    own_mass = independent.square_mass
+    logits = problem.centred(independent.square, (first, second), own_mass, confidence * inverse, others)
+    noticed = terms[0] - NOTICED * (terms[0] + others())
+    matters = (of_common + logits < noticed).any(axis=-1)
+    tied = matters & alike.tied
+    if tied.any():
+        excess = alike.excess(independent.own, tied, centre=problem.out)
+        logits = np.sqrt(logits * logits + column((confidence * inverse) ** 2) * excess)
+    logits += of_common
+    np.copyto(terms[0], logits, where=matters[..., None] & (logits < terms[0]))
+
+    if sums.rounded is not None:
+        factor = confidence * p_factor
+        rounding = factor * np.sqrt(sums.rounded)
+        matters = (rounding < terms[1] - NOTICED * (terms[0] + others())).any(axis=-1)
+        if matters.any():
+            excess = alike.excess(
+                shares.rounded()[0], matters, p_error=float(np.min(shares.p_error)), more_than=confidence**2
+            )
+            rounding = np.sqrt(rounding * rounding + factor**2 * excess)
+            np.copyto(terms[1], rounding, where=matters[..., None] & (rounding < terms[1]))
+
+
 def _log_mean_exp(exact: Softmax, exponent: Float64Array) -> Float64Array:
     """log sum_j w_j 2**exponent_j for exponents >= 0, also where exp2 overflows and w underflows."""
     logs = LN_2 * (exponent + exact.gap) - column(np.log(exact.total))
@@ -207,7 +345,7 @@ def lse_terms(
     deviations: Deviations,
     share_sum: Float64Array,
     arithmetic: Arithmetic,
-    keys: ByGap | None = None,
+    likely: Likely | None = None,
 ) -> tuple[Float64Array, Float64Array]:
     """(9) Budget of the log-sum-exp, [terms, num_kv_heads, rows], and its total; a float32 whatever the input format.
 
@@ -221,13 +359,15 @@ def lse_terms(
         logit = np.log1p(share_sum)
         if deviations.wide is not None and not deviations.largest.max() < 0.5:
             logit = np.where(deviations.largest < 0.5, logit, _log_mean_exp(exact, deviations.exponent))
-    if arithmetic.confidence is not None and keys is not None and deviations.shared is not None:
-        weight, phi = exact.weight(), deviations.phi()
-        own = weight * (phi - deviations.shared)
-        common = np.add.reduce(weight * deviations.shared, axis=-1)
-        second_order = np.add.reduce(weight * phi**2, axis=-1)
-        independent = arithmetic.confidence * independent_norm(keys, own)
-        logit = np.fmin(logit, common + independent + second_order)
+    if likely is not None and arithmetic.confidence is not None:
+        independent, confidence = likely.independent, arithmetic.confidence
+        linear = independent.common_mass + independent.second_order
+        squares = independent.square_mass.copy()
+        matters = linear + confidence * np.sqrt(squares) < (1 - NOTICED) * logit
+        tied = matters & likely.alike.tied
+        if tied.any():
+            squares += likely.alike.excess_of_sums(independent.own, tied, more_than=confidence**2)
+        logit = np.where(matters, np.fmin(logit, linear + confidence * np.sqrt(squares)), logit)
     terms = np.zeros((len(LSE_TERMS), *logit.shape))
     np.add(LN_2 * deviations.shift, logit, out=terms[0])
     if model.row_sum_from_p:

@@ -6,6 +6,7 @@ Everything is a bound, nothing is an estimate, and no higher-order part is dropp
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -14,18 +15,28 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from references.alarm import by_gap
+from references.alarm import Alike, independent_of
 from references.arithmetic_model import ArithmeticModel
-from references.budget_terms import LSE_TERMS, TERMS, Problem, lse_terms, out_terms
+from references.budget_terms import (
+    LSE_TERMS,
+    TERMS,
+    Likely,
+    Problem,
+    lse_terms,
+    out_terms,
+    shares_of,
+    sums_of,
+    sums_of_alarm,
+)
 from references.centred import Centred
 from references.overflow import non_finite, surely_finite
 from references.overflow import overflow_free as overflow_free
 from references.rounding import Format, as_format
-from references.rounding_errors import arithmetic_of
-from references.softmax import Sequences, magnitudes_of, softmax_of
+from references.rounding_errors import Arithmetic, arithmetic_of
+from references.softmax import Sequences, softmax_of
 from references.tiling import Tiles, counts, layout
 from references.tiling import tiling as tiling
-from references.weight_errors import deviations_of
+from references.weight_errors import deviations_of, scores_of
 
 __all__ = [
     "LSE_TERMS", "ORACLE_SHARE", "TERMS", "Budget", "Sequence", "budget", "budgets", "overflow_free", "tiling",
@@ -206,37 +217,56 @@ def _budgets(
     several: list[Sequence], scale: float, fmt: Format, model: ArithmeticModel, alarm_lambda: float | None
 ) -> list[Budget]:
     """The budgets of sequences that have queries and keys."""
-    together = _sequences(several)
-    arithmetic = arithmetic_of(model, fmt, together.query.shape[-1])
-    unbounded: list[tuple[BoolArray | None, BoolArray | None]] = [(None, None)] * len(several)
     # Logits that are not finite in float64 have no bound; overflow_free says so too.
     with np.errstate(over="ignore", invalid="ignore"):
-        sizes = magnitudes_of(together, fmt, arithmetic.fused)
-        finite = surely_finite(sizes.largest, together.kv_len, scale, arithmetic)
-        if not all(map(math.isfinite, sizes.largest)):
-            cleaned = [non_finite(one.query, one.key, one.value, one.visible) for one in several]
-            unbounded = [(out, lse) for out, lse, _ in cleaned]
-            inputs = zip(several, (clean for _, _, clean in cleaned), strict=True)
-            together = _sequences([Sequence(*clean, one.visible, one.tiles) for one, clean in inputs])
-            sizes = magnitudes_of(together, fmt, arithmetic.fused)
-        exact = softmax_of(together, scale)
-        tiles = [layout(one.tiles, one.key.shape[1]) for one in several]
-        step = arithmetic.products_per_step if arithmetic.fused else 1
-        seen = counts(together.visible, tiles, step)
-        (out,) = together.sums(together.value, exact.power)
-        out /= exact.total[..., None]
-        centred = Centred(together, out)
-        problem = Problem(together, exact, sizes, out, np.abs(out), centred, seen)
+        found = _of_finite(several, scale, fmt, model, alarm_lambda)
+        if found is not None:
+            return found
+        cleaned = [non_finite(one.query, one.key, one.value, one.visible) for one in several]
+        clean = [
+            Sequence(*inputs, one.visible, one.tiles) for one, (_, _, inputs) in zip(several, cleaned, strict=True)
+        ]
+        found = _of_finite(clean, scale, fmt, model, alarm_lambda)
+    assert found is not None
+    return [
+        result if bad is None or lse_bad is None else _without_bound(one, result, bad, lse_bad, scale, fmt, model)
+        for one, result, (bad, lse_bad, _) in zip(several, found, cleaned, strict=True)
+    ]
+
+
+def _of_finite(
+    several: list[Sequence], scale: float, fmt: Format, model: ArithmeticModel, alarm_lambda: float | None
+) -> list[Budget] | None:
+    """The budgets of finite inputs; None: an input is not finite."""
+    together = _sequences(several)
+    arithmetic = arithmetic_of(model, fmt, together.query.shape[-1])
+    logit, sizes = scores_of(together, scale, arithmetic)
+    largest_score = float(sizes.of_products.max())
+    if not math.isfinite(largest_score):
+        return None
+    exact = softmax_of(together, logit)
+    tiles = [layout(one.tiles, one.key.shape[1]) for one in several]
+    seen = counts(together.visible, tiles, arithmetic.products_per_step if arithmetic.fused else 1)
+    deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
+    shares = shares_of(exact, deviations, arithmetic)
+    sums = sums_of(together, exact, shares, arithmetic)
+    largest_sum = float(sums.all_values.max())
+    if not math.isfinite(largest_sum):
+        return None
+    out = sums.weighted / exact.total[..., None]
+    problem = Problem(together, exact, out, np.abs(out), Centred(together, out), seen)
+    terms, total, share_sum = out_terms(problem, deviations, shares, sums, arithmetic)
+    of_lse, lse_total = lse_terms(problem, deviations, share_sum, arithmetic)
+    if alarm_lambda is not None:
+        arithmetic = arithmetic_of(model, fmt, arithmetic.head_dim, alarm_lambda)
         deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
-        terms, total, share_sum = out_terms(problem, deviations, arithmetic)
-        of_lse, lse_total = lse_terms(problem, deviations, share_sum, arithmetic)
-        if alarm_lambda is not None:
-            arithmetic = arithmetic_of(model, fmt, arithmetic.head_dim, alarm_lambda)
-            deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
-            keys = by_gap(exact)
-            likely, likely_total, share_sum = out_terms(problem, deviations, arithmetic, keys)
-            _take_smaller(terms, total, likely, likely_total)
-            _take_smaller(of_lse, lse_total, *lse_terms(problem, deviations, share_sum, arithmetic, keys))
+        gate = shares, sums
+        shares = shares_of(exact, deviations, arithmetic, shares)
+        likely = Likely(independent_of(exact, deviations), Alike(together, exact))
+        sums = sums_of_alarm(together, exact, shares, likely.independent, arithmetic, gate)
+        *of_out, share_sum = out_terms(problem, deviations, shares, sums, arithmetic, likely)
+        _take_smaller(terms, total, *of_out)
+        _take_smaller(of_lse, lse_total, *lse_terms(problem, deviations, share_sum, arithmetic, likely))
 
     for parts, sum_of_parts in ((terms, total), (of_lse, lse_total)):
         np.multiply(sum_of_parts, ORACLE_SHARE, out=parts[-1])
@@ -244,26 +274,41 @@ def _budgets(
         if exact.blind is not None:
             parts[:, :, exact.blind] = 0.0
             sum_of_parts[:, exact.blind] = 0.0
+    finite = surely_finite(largest_score, largest_sum, largest_sum, together.kv_len, scale, arithmetic)
     found = []
-    for one, rows, (bad, lse_bad) in zip(several, together.rows, unbounded, strict=True):
+    for one, rows in zip(several, together.rows, strict=True):
         shape = one.query.shape[:2]
-        out, lse = total[:, rows].reshape(*shape, -1), lse_total[:, rows].reshape(shape)
-        parts, lse_parts = terms[:, :, rows], of_lse[:, :, rows]
-        for allowed, its_parts, where in ((out, parts, bad), (lse, lse_parts, lse_bad)):
-            if where is not None:
-                allowed[where] = np.nan
-                its_parts[:, where.reshape(its_parts.shape[1:])] = np.nan
-        if finite or surely_finite(_largest(one), one.key.shape[1], scale, arithmetic):
+        if finite or surely_finite(*_largest(one, arithmetic), one.key.shape[1], scale, arithmetic):
             free = np.ones(shape, np.bool_)
         else:
             free = overflow_free(one.query, one.key, one.value, one.visible, scale=scale, fmt=fmt, model=model)
-        found.append(Budget(out, lse, free, parts, lse_parts))
+        its_out, its_lse = total[:, rows].reshape(*shape, -1), lse_total[:, rows].reshape(shape)
+        found.append(Budget(its_out, its_lse, free, terms[:, :, rows], of_lse[:, :, rows]))
     return found
 
 
-def _largest(one: Sequence) -> tuple[float, float, float]:
+def _without_bound(
+    one: Sequence,
+    found: Budget,
+    bad: BoolArray,
+    lse_bad: BoolArray,
+    scale: float,
+    fmt: Format,
+    model: ArithmeticModel,
+) -> Budget:
+    """NaN where a non-finite input reaches an output or a log-sum-exp; ``found`` with zeros in the place of those."""
+    for allowed, parts, where in ((found.out, found.parts, bad), (found.lse, found.lse_parts, lse_bad)):
+        allowed[where] = np.nan
+        parts[:, where.reshape(parts.shape[1:])] = np.nan
+    free = overflow_free(one.query, one.key, one.value, one.visible, scale=scale, fmt=fmt, model=model)
+    return dataclasses.replace(found, overflow_free=free)
+
+
+def _largest(one: Sequence, arithmetic: Arithmetic) -> tuple[float, float, float]:
+    """Bounds of the sizes of scores, of sums of values and of values, from the largest of the inputs alone."""
     query, key, value = (float(np.abs(x).max()) for x in (one.query, one.key, one.value))
-    return query, key, value
+    lifted = arithmetic.fmt.smallest_normal if arithmetic.fused else 0.0
+    return arithmetic.head_dim * max(query, lifted) * max(key, lifted), one.key.shape[1] * value, value
 
 
 def _nothing(shape: tuple[int, int], head_dim: int) -> Budget:

@@ -42,19 +42,17 @@ def non_finite(
     return out, scores[..., 0], (query, key, value)
 
 
-def surely_finite(largest: tuple[float, float, float], kv_len: int, scale: float, arithmetic: Arithmetic) -> bool:
-    """Whether no query can leave the range, judged by the largest magnitudes of query, key and value alone.
+def surely_finite(
+    score: float, numerator: float, output: float, kv_len: int, scale: float, arithmetic: Arithmetic
+) -> bool:
+    """Whether no query can leave the range, judged by bounds of the sizes of all scores, sums of values and values.
 
-    The conditions are those of ``overflow_classes`` for a query that sees all keys and meets all these magnitudes at
-    once; where they fail, the classes decide.
+    The conditions are those of ``overflow_classes`` for a query that sees all keys and meets all these at once; where
+    they fail, the classes decide.
     """
-    query, key, value = largest
-    if not all(map(math.isfinite, largest)):
-        return False
-    lifted = arithmetic.fmt.smallest_normal if arithmetic.fused else 0.0
-    score = arithmetic.head_dim * max(query, lifted) * max(key, lifted) * (1 + arithmetic.score)
     growth, spread = growths(kv_len, arithmetic)
-    return all(fits(score, scale, kv_len * value * growth, value * spread, arithmetic).values())
+    sizes = score * (1 + arithmetic.score), scale, numerator * growth, output * spread
+    return all(map(math.isfinite, sizes)) and all(fits(*sizes, arithmetic).values())
 
 
 def growths(count: Count, arithmetic: Arithmetic) -> tuple[Any, Any]:

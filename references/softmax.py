@@ -22,6 +22,8 @@ LN_2 = math.log(2.0)
 
 # Numbers of keys or values that are worked on at once, so that what is made of them stays in a cache.
 NUMBERS_AT_ONCE = 1 << 16
+# Up to so many queries a product of keys with queries is faster than one of queries with keys.
+FEW_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,9 @@ class Piece:
     sequences: slice
     parts: list[tuple[slice, slice, slice]]
 
-    def of_keys(self, of_sequences: Float64Array) -> Float64Array:
-        """[num_kv_heads, sequences, columns] to the shape of the values of this piece, or what broadcasts to it."""
-        mine = of_sequences[self.heads, self.sequences]
-        if len(self.parts) == 1:
-            return mine
-        return np.repeat(mine, [keys.stop - keys.start for _, keys, _ in self.parts], axis=-2)
 
-
-# Makes something of the keys or values of a piece; the last argument is room for it.
-Make = Callable[[Float64Array, Piece, Float64Array], Float64Array]
-# An array like ``Sequences.key``, or what gives a piece of it, which the next piece overwrites.
-Made = Float64Array | Callable[[Piece], Float64Array]
-
-
-def taken(made: Made, piece: Piece) -> Float64Array:
-    """A piece of it."""
-    return made(piece) if callable(made) else made[..., piece.heads, piece.keys, :]
+# Makes an array of another one and of room for it: a function of NumPy and its argument ``out``.
+Make = Callable[[Float64Array, Float64Array], Float64Array]
 
 
 @dataclass(frozen=True)
@@ -121,53 +109,61 @@ class Sequences:
     def _ends(self) -> list[int]:
         return [keys.stop for keys in self.keys]
 
-    def made(self, x: Float64Array, make: Make, several: int = 0) -> Made:
-        """Something made of ``key`` or ``value``: now if there is one piece, else whenever a piece of it is taken.
+    def _room(self) -> Float64Array:
+        """For what is made of a piece."""
+        return np.empty(max(self.key.shape[-1], min(NUMBERS_AT_ONCE, self.key.size)))
+
+    def scores(self, *wanted: tuple[Float64Array, Make | None]) -> list[Float64Array]:
+        """query . key, [num_kv_heads, rows, kv_len]; 0 beyond the keys of a sequence.
 
         Args:
-            x: ``key`` or ``value``.
-            make: what makes it.
-            several: 0: an array like ``x``. Else so many, [several, ...].
+            wanted: queries, and what to make of the keys before they meet them; None: nothing. Everything that is
+                wanted is taken of a piece of the keys while it is in a cache.
         """
-        before = (several,) if several else ()
-        if len(self.pieces) == 1:
-            return make(x, self.pieces[0], np.empty((*before, *x.shape)))
-        room = np.empty(max(1, several) * max(NUMBERS_AT_ONCE, x.shape[-1]))
-
-        def of_piece(piece: Piece) -> Float64Array:
-            mine = x[piece.heads, piece.keys]
-            return make(mine, piece, room[: max(1, several) * mine.size].reshape(*before, *mine.shape))
-
-        return of_piece
-
-    def scores(self, query: Float64Array, of_keys: Made) -> Float64Array:
-        """query . key, [num_kv_heads, rows, kv_len]; 0 beyond the keys of a sequence."""
-        if len(self.rows) == 1 and not callable(of_keys):
-            return query @ of_keys.swapaxes(-1, -2)
-        result = np.zeros((*query.shape[:2], self.kv_len))
+        results = [np.zeros((*query.shape[:2], self.kv_len)) for query, _ in wanted]
+        few = self.query.shape[1] <= FEW_ROWS
+        turned_queries = [np.ascontiguousarray(query.swapaxes(-1, -2)) if few else query for query, _ in wanted]
+        room = self._room()
         for piece in self.pieces:
-            key = taken(of_keys, piece).swapaxes(-1, -2)
-            for rows, keys, columns in piece.parts:
-                np.matmul(query[piece.heads, rows], key[..., keys], out=result[piece.heads, rows, columns])
-        return result
-
-    def sums(self, of_values: Made, *weights: Float64Array) -> list[Float64Array]:
-        """Sums over keys with weights [num_kv_heads, rows, kv_len]: [..., num_kv_heads, rows, head_dim] each."""
-        if len(self.rows) == 1 and not callable(of_values):
-            return [weight @ of_values for weight in weights]
-        results: list[Float64Array] = []
-        for piece in self.pieces:
-            value = taken(of_values, piece)
-            if not results:
-                results = [np.empty((*value.shape[:-3], *self.query.shape)) for _ in weights]
-            for rows, keys, columns in piece.parts:
-                its_value = value[..., keys, :]
-                for weight, result in zip(weights, results, strict=True):
-                    its_weight, its_result = weight[piece.heads, rows, columns], result[..., piece.heads, rows, :]
-                    if columns.start == 0:
-                        np.matmul(its_weight, its_value, out=its_result)
+            key = self.key[piece.heads, piece.keys]
+            for (query, make), turned, result in zip(wanted, turned_queries, results, strict=True):
+                made = key if make is None else make(key, room[: key.size].reshape(key.shape))
+                for rows, keys, columns in piece.parts:
+                    its_result = result[piece.heads, rows, columns]
+                    if few:
+                        its_result[...] = (made[:, keys] @ turned[piece.heads, :, rows]).swapaxes(-1, -2)
                     else:
-                        its_result += its_weight @ its_value
+                        np.matmul(query[piece.heads, rows], made[:, keys].swapaxes(-1, -2), out=its_result)
+        return results
+
+    def sums(self, *wanted: tuple[Make | None, list[Float64Array | None]]) -> list[list[Float64Array]]:
+        """Weighted sums over keys, [num_kv_heads, rows, head_dim] each.
+
+        Args:
+            wanted: what to make of the values, as for ``scores``, and weights [num_kv_heads, rows, kv_len] of what was
+                made. None: the sum over all keys, [num_kv_heads, sequences, head_dim].
+        """
+        of_sequences = (len(self.value), len(self.rows), self.value.shape[-1])
+        results = [
+            [np.zeros(of_sequences) if weight is None else np.empty(self.query.shape) for weight in weights]
+            for _, weights in wanted
+        ]
+        room = self._room()
+        for piece in self.pieces:
+            value = self.value[piece.heads, piece.keys]
+            for (make, weights), of_weights in zip(wanted, results, strict=True):
+                if not weights:
+                    continue
+                made = value if make is None else make(value, room[: value.size].reshape(value.shape))
+                for sequence, (rows, keys, columns) in enumerate(piece.parts, piece.sequences.start):
+                    mine = made[:, keys]
+                    for weight, result in zip(weights, of_weights, strict=True):
+                        if weight is None:  # faster than to add up
+                            result[piece.heads, sequence] += (np.ones((1, mine.shape[-2])) @ mine)[..., 0, :]
+                        elif columns.start == 0:
+                            np.matmul(weight[piece.heads, rows, columns], mine, out=result[piece.heads, rows])
+                        else:
+                            result[piece.heads, rows] += weight[piece.heads, rows, columns] @ mine
         return results
 
     @cached_property
@@ -222,60 +218,9 @@ def lifted_magnitude(magnitude: Float64Array, fmt: Format, fused: bool) -> Float
     return np.where(magnitude > 0, np.maximum(magnitude, fmt.smallest_normal), 0.0)
 
 
-@dataclass(frozen=True)
-class Magnitudes:
-    """abs of queries, keys and values, subnormal numbers lifted where a tensor core lifts them.
-
-    Attributes:
-        query, key: lifted.
-        value: not lifted.
-        lifted_value: the same object as ``value`` if nothing is lifted.
-        all_values: [num_kv_heads, sequences, head_dim], sum of ``value`` over the keys of each sequence.
-        largest: of query, key and value, not lifted; NaN or infinite if an input is.
-    """
-
-    query: Float64Array
-    key: Made
-    value: Made
-    lifted_value: Made
-    all_values: Float64Array
-    largest: tuple[float, float, float]
-
-
-def magnitudes_of(sequences: Sequences, fmt: Format, fused: bool) -> Magnitudes:
-    """The magnitudes of all inputs."""
-
-    def absolute(x: Float64Array, _: Piece, room: Float64Array) -> Float64Array:
-        return np.abs(x, out=room)
-
-    def lifted(x: Float64Array, _: Piece, room: Float64Array) -> Float64Array:
-        return lifted_magnitude(np.abs(x, out=room), fmt, fused)
-
-    query = np.abs(sequences.query)
-    key, value = (sequences.made(x, absolute) for x in (sequences.key, sequences.value))
-    largest_key, largest_value, lifts = np.float64(0.0), np.float64(0.0), False
-    all_values = np.zeros((len(sequences.value), len(sequences.rows), sequences.value.shape[-1]))
-    for piece in sequences.pieces:
-        largest_key = np.maximum(largest_key, taken(key, piece).max())
-        sizes = taken(value, piece)
-        largest_value = np.maximum(largest_value, sizes.max())
-        lifts = lifts or (fused and bool(((sizes > 0) & (sizes < fmt.smallest_normal)).any()))
-        for sequence, (_, keys, _) in enumerate(piece.parts, piece.sequences.start):
-            all_values[piece.heads, sequence] += np.add.reduce(sizes[:, keys], axis=-2)
-    return Magnitudes(
-        query=lifted_magnitude(query, fmt, fused),
-        key=sequences.made(sequences.key, lifted) if fused else key,
-        value=value,
-        lifted_value=sequences.made(sequences.value, lifted) if lifts else value,
-        all_values=all_values,
-        largest=(float(query.max()), float(largest_key), float(largest_value)),
-    )
-
-
-def softmax_of(sequences: Sequences, scale: float) -> Softmax:
-    """The softmax of finite inputs."""
+def softmax_of(sequences: Sequences, logit: Float64Array) -> Softmax:
+    """The softmax of finite logits in base 2, of which those of hidden keys are overwritten."""
     hidden = sequences.hidden
-    logit = sequences.scores(sequences.query * (scale * LOG2_E), sequences.key)
     blind: BoolArray | None = None
     if hidden is not None:
         np.copyto(logit, -np.inf, where=hidden)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from references.rounding_errors import Arithmetic, Error
-from references.softmax import LN_2, LOG2_E, Magnitudes, Sequences, Softmax
+from references.softmax import LN_2, LOG2_E, Make, Sequences, Softmax, lifted_magnitude
 from references.tiling import ONE_TILE, Count, Counts, Layout, add_to_keys, highest, path
 
 Float64Array = NDArray[np.float64]
@@ -49,10 +49,38 @@ def column(x: Count | Error) -> NDArray[Any]:
     return x[..., None] if isinstance(x, np.ndarray) else np.array([float(x)])
 
 
+@dataclass(frozen=True)
+class ScoreSizes:
+    """What the errors of scores are multiples of, [num_kv_heads, rows, kv_len]; subnormal numbers lifted, see (1).
+
+    Attributes:
+        of_products: sum_d abs(q_d k_jd).
+        of_keys: sum_d abs(k_jd); None where the scale is not multiplied into the query.
+    """
+
+    of_products: Float64Array
+    of_keys: Float64Array | None
+
+
+def scores_of(sequences: Sequences, scale: float, arithmetic: Arithmetic) -> tuple[Float64Array, ScoreSizes]:
+    """Logits in base 2, [num_kv_heads, rows, kv_len], and the sizes of their scores; any inputs."""
+
+    def size(key: Float64Array, room: Float64Array) -> Float64Array:
+        return lifted_magnitude(np.abs(key, out=room), arithmetic.fmt, arithmetic.fused)
+
+    query = lifted_magnitude(np.abs(sequences.query), arithmetic.fmt, arithmetic.fused)
+    wanted: list[tuple[Float64Array, Make | None]] = [(sequences.query, None), (query, size)]
+    if arithmetic.model.scale_into_query:
+        wanted.append((np.ones_like(query), size))
+    logit, of_products, *of_keys = sequences.scores(*wanted)
+    logit *= scale * LOG2_E  # only now, so that equal scores are equal logits
+    return logit, ScoreSizes(of_products, of_keys[0] if of_keys else None)
+
+
 def deviations_of(
     sequences: Sequences,
     exact: Softmax,
-    sizes: Magnitudes,
+    sizes: ScoreSizes,
     scale: float,
     arithmetic: Arithmetic,
     seen: Counts,
@@ -69,16 +97,17 @@ def deviations_of(
     if 0 < c < 2 * model.work.smallest_normal:
         theta += 2 * arithmetic.floor / c
     factor = (1 + u) * c * (1 + theta)
-    if model.scale_into_query:
+    if sizes.of_keys is not None:
         query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
         if arithmetic.fused:  # the scaled query may be subnormal where the query is not
             query_floor += g * arithmetic.fmt.smallest_normal
-        exponent = sequences.scores(sizes.query * (factor * g) + (1 + u) * (1 + g) * query_floor, sizes.key)
+        exponent = sizes.of_products * (factor * g)
+        exponent += sizes.of_keys * ((1 + u) * (1 + g) * query_floor)
         constant = (1 + u) * score_floor
         room = np.empty_like(exponent)
     else:
         factor *= 1 + u
-        exponent = sequences.scores(sizes.query * (factor * g), sizes.key)
+        exponent = sizes.of_products * (factor * g)
         constant = factor * score_floor + (1 + u) * arithmetic.floor
         room = np.abs(exact.logit)
         room *= (1 + u) * u * (1 + theta)
@@ -134,7 +163,8 @@ def deviations_of(
         linear[wide] = np.expm1(LN_2 * exponent[wide])
         slope[wide] = 1.0
     if shared is not None:
-        shared = np.minimum(np.expm1(LN_2 * shared), linear * slope[..., None])
+        shared *= LN_2
+        np.expm1(shared, out=shared)
     shift = theta * np.abs(exact.peak)
     of_wide = wide if linear is not exponent else None
     return Deviations(exponent, largest, linear, slope, of_wide, shared, shift, shift + tau_max, rescaling, row_sum)

@@ -2,11 +2,12 @@
 
     python -m properties.numerics.cost [--cases 120] [--seed 0] [--repeats 9] [--alarm]
 
-The calls are those of cases drawn as ``verify`` draws them, and a few larger ones. Three things are timed: the
+The calls are those of cases drawn as ``verify`` draws them, and a few larger ones. These are timed: the
 softmax of the oracle (``references.attention``, its explicit loops and nothing else), the oracle as the laws run it
 (``references.kv_cache.step``, which also decodes bit patterns and appends slot by slot), and the budgets of out and
-lse with their overflow classes, of all calls of a case at once as the laws ask for them. A case is timed again and
-again, the three in turn, and the least of each counts, so that other work on the machine matters little.
+lse with their overflow classes, of all calls of a case at once as the laws ask for them; for the larger calls also
+the products of keys and values that the gate cannot do without, and nothing else. A case is timed again and
+again, everything in turn, and the least of each counts, so that other work on the machine matters little.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from references.attention import attention, visible_keys
 from references.error_bounds import Sequence, budgets
 from references.kv_cache import ReferenceCache
 from references.rounding import round_to
+from references.softmax import NUMBERS_AT_ONCE
 from references.tiling import tiling
 
 ALARM_LAMBDA = 6.0
@@ -49,6 +51,24 @@ class Work:
         """The softmax of every sequence."""
         for one in self.sequences:
             attention(one.query, one.key, one.value, is_causal=self.is_causal, scale=self.scale)
+
+    def products(self) -> None:
+        """Of every sequence the products that the gate is made of, with pieces of keys and values in a cache."""
+        for one in self.sequences:
+            num_kv_heads, kv_len, head_dim = one.key.shape
+            queries = one.query.reshape(num_kv_heads, -1, head_dim)
+            length = NUMBERS_AT_ONCE // head_dim
+            weights, of_all = np.ones((queries.shape[1], kv_len)), np.ones((1, kv_len))
+            place = np.empty((length, head_dim))
+            for query, keys, values in zip(queries, one.key, one.value, strict=True):
+                query = np.ascontiguousarray(query.T)
+                size = np.abs(query)
+                for piece in (slice(start, start + length) for start in range(0, kv_len, length)):
+                    key, value, weight = keys[piece], values[piece], weights[:, piece]
+                    room = place[: len(key)]
+                    key @ query, np.abs(key, out=room) @ size
+                    weight @ value, weight @ value, weight @ np.abs(value, out=room), of_all[:, piece] @ room
+                    weight @ np.square(value, out=room)
 
     def budgets(self) -> None:
         """The gate of every sequence."""
@@ -121,20 +141,22 @@ def larger(name: str) -> Work:
     return Work([one], True, head_dim**-0.5, "float16", None)
 
 
-def timed(works: list[Work], repeats: int, with_alarm: bool) -> tuple[float, float, float]:
-    """CPU milliseconds of the softmax, of the whole oracle and of the budgets."""
-    totals = np.zeros(3)
+def timed(works: list[Work], repeats: int, with_alarm: bool) -> tuple[float, float, float, float]:
+    """CPU milliseconds of the softmax, of the whole oracle, of the budgets and of their products (0 if of cases)."""
+    totals = np.zeros(4)
     for work in works:
-        functions = (work.oracle, work.whole or work.oracle, work.alarms if with_alarm else work.budgets)
-        least = np.full(3, np.inf)
+        functions = [work.oracle, work.whole or work.oracle, work.alarms if with_alarm else work.budgets]
+        if work.whole is None:
+            functions.append(work.products)
+        least = np.full(4, np.inf)
         for _ in range(repeats):
             for place, function in enumerate(functions):
                 began = time.process_time()
                 function()
                 least[place] = min(least[place], time.process_time() - began)
-        totals += least
-    softmax, whole, budget = 1e3 * totals
-    return float(softmax), float(whole), float(budget)
+        totals += np.where(np.isfinite(least), least, 0.0)
+    softmax, whole, budget, products = 1e3 * totals
+    return float(softmax), float(whole), float(budget), float(products)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,12 +171,15 @@ def main(argv: list[str] | None = None) -> int:
     several = [work_of(case, subject) for case in drawn(arguments.cases, arguments.seed)]
     calls = sum(len(work.sequences) for work in several)
     sets = {f"{len(several)} drawn cases, {calls} sequences": several} | {name: [larger(name)] for name in LARGER}
-    print("| CPU time | softmax of the oracle | the oracle | budgets | budgets / softmax | budgets / oracle |")
-    print("|---|--:|--:|--:|--:|--:|")
+    print(
+        "| CPU time | softmax of the oracle | the oracle | budgets | products | budgets / softmax | budgets / oracle |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|")
     for name, works in sets.items():
-        softmax, whole, budget = timed(works, arguments.repeats, arguments.alarm)
+        softmax, whole, budget, products = timed(works, arguments.repeats, arguments.alarm)
         ratios = f"{budget / softmax:.2f} | {budget / whole:.2f}"
-        print(f"| {name} | {softmax:.1f} ms | {whole:.1f} ms | {budget:.1f} ms | {ratios} |")
+        its_products = f"{products:.1f} ms" if products else "-"
+        print(f"| {name} | {softmax:.1f} ms | {whole:.1f} ms | {budget:.1f} ms | {its_products} | {ratios} |")
     return 0
 
 
