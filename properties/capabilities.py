@@ -130,7 +130,7 @@ class Capabilities:
                 return self.cache != "none"
             case "cache in place":
                 return self.cache == "in place"
-            case "refusals" | "checked arguments" | "declared arithmetic":
+            case "refusals" | "checked arguments" | "device checks" | "declared arithmetic":
                 return self.policies is None
             case _:
                 return self.keeps(need)

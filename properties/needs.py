@@ -14,6 +14,7 @@ Need = Literal[
     "overflow",
     "refusals",
     "checked arguments",
+    "device checks",
     "empty rows",
     "NaN in unread memory",
     "visible NaN",
@@ -32,6 +33,8 @@ cache: it keeps the tokens of earlier calls; in place: in the buffers it is give
 overflow: it refuses a row that would pass ``cache_max_len``.
 refusals: it raises where an argument is missing that cannot be guessed.
 checked arguments: it raises for every malformed argument before it writes anything.
+device checks: lengths that the host may not look at, while a CUDA graph is recorded, are checked by the kernel: a row
+    that is out of range or does not fit is left as it is, and its cache reports it (``Subject.unseen``).
 empty rows: a query that sees no key gives 0 and -inf.
 NaN in unread memory: it may lie there.
 visible NaN: it reaches exactly the outputs that see it.

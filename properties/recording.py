@@ -1,7 +1,8 @@
-"""Calls made without the runner: captured in a CUDA graph (which needs CUDA), or repeated many times."""
+"""Calls made without the runner: captured in a CUDA graph (which needs CUDA) or as if, or repeated many times."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from properties import device as devices
-from properties.assertions import Got
+from properties.assertions import Got, LawViolation
 from properties.case import Case
 from properties.guards import bits_of, tensor_of, torch_dtype
 from properties.schedule import problem
@@ -80,6 +81,57 @@ def replayed(case: Case, subject: Subject) -> Iterator[tuple[Got, Got]]:
         for one, other in ((recorded[0], stored[0]), (recorded[1], stored[1])):
             lengths = [tensor.seq_lens.reshape(-1, 1, 1) for tensor in (recorded, stored)]
             yield _got(case, one, lengths[0]), _got(case, other, lengths[1])
+
+
+def with_a_bad_length(case: Case, subject: Subject) -> Iterator[tuple[Got, Got]]:
+    """One row's length is wrong in a call whose lengths the host may not see; by the seed which row, and how.
+
+    Yields the other rows' results, and what all slots and lengths hold, beside what they should.
+
+    Raises:
+        LawViolation: the cache does not report the row, or reports it for ever.
+    """
+    assert subject.make_cache is not None
+    assert subject.unseen is not None
+    arguments, cache = _tensors(case)
+    k, v, lens = cache["k"], cache["v"], cache["seq_lens"]
+    new = arguments["new_lens"].tolist()
+    row, kind = case.seed % len(new), case.seed // len(new) % 3
+    capacity = k.shape[2]
+    too_long = min(capacity, case.cache_max_len) + 1 - new[row]
+    does_not_fit = kind == 0 and new[row] > 0
+    bad = lens.clone()
+    bad[row] = too_long if does_not_fit else capacity + 1 if kind < 2 else -1
+
+    out, stored, lse = _call(case, subject, arguments, subject.make_cache(k.clone(), v.clone(), lens.clone()))
+    with subject.unseen():
+        blind = _call(case, subject, arguments, subject.make_cache(k.clone(), v.clone(), bad.clone()))
+    others = [other for other in range(len(new)) if other != row]
+    if others:
+        yield _got(case, blind[0][others], blind[2][others]), _got(case, out[others], lse[others])
+    expected_lens = stored.seq_lens.clone()
+    expected_lens[row] = bad[row].clamp(0, capacity)
+    for held, buffer, before in zip(blind[1], stored, (k, v), strict=True):
+        expected = buffer.clone()
+        expected[row] = before[row]
+        lengths = [tensor.reshape(-1, 1, 1) for tensor in (blind[1].seq_lens, expected_lens)]
+        yield _got(case, held, lengths[0]), _got(case, expected, lengths[1])
+    _assert_reported(blind[1], row, subject.overflow_error if does_not_fit else ValueError)
+
+
+def _assert_reported(cache: Any, row: int, error: type[Exception]) -> None:
+    """The cache names the row once, as that error, and then no more."""
+    try:
+        cache.check()
+    except error as said:
+        if not re.search(rf"\b{row}\b", str(said)):
+            raise LawViolation("report", f"row {row} had a bad length, and the report names another: {said}") from said
+    else:
+        raise LawViolation("report", f"row {row} had a bad length, and no {error.__name__} reported it")
+    try:
+        cache.check()
+    except error as again:
+        raise LawViolation("report", f"a fault was reported twice: {again}") from again
 
 
 def repeated(case: Case, subject: Subject, times: int) -> Iterator[tuple[Got, Got]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 
 from properties import callers, subjects
@@ -9,9 +11,10 @@ from properties.assertions import assert_same_outputs
 from properties.case import Case
 from properties.checking import assert_no_findings, check_run
 from properties.needs import asks
+from properties.recording import with_a_bad_length
 from properties.runner import run
 from properties.strategies import cases
-from properties.variants import growing, limits_around, one_call, steady, then_again
+from properties.variants import growing, limits_around, one_call, steady, then_again, with_cache
 
 
 @asks("overflow")
@@ -33,6 +36,17 @@ def test_a_call_after_an_overflow_works(case: Case) -> None:
     refused, valid = run(then_again(first, refuse_first=True)), run(then_again(first, refuse_first=False))
 
     assert_same_outputs(refused.outputs[-1:], valid.outputs[-1:], "a call after an overflow and without")
+
+
+@asks("cache in place", "overflow", "device checks", "bits across batches")
+@given(case=cases(ops=("attention_with_kv_cache",), min_rows=1, runs=2, overflow=False))
+def test_a_length_that_the_host_cannot_see_is_checked_by_the_device(case: Case) -> None:
+    """As in a replayed CUDA graph: the row stays as it is, the others go on, and the cache reports it."""
+    case = one_call(with_cache(case))
+    case = replace(case, steps=(replace(case.steps[0], update_cache=True),))
+    if case.rows and case.steps[0].padding + max(row.new[0] for row in case.rows):
+        for got, expected in with_a_bad_length(case, subjects.active()):
+            assert_same_outputs([got], [expected], "a call with a bad length and one without")
 
 
 @asks("cache in place")

@@ -65,7 +65,7 @@ def test_only_declared_needs_excuse_a_law() -> None:
     unknown, known = subjects.load("properties.subjects.naive:attention_with_kv_cache"), subjects.load("flashcore")
     owed, not_offered = laws.owed(LAWS, lambda need: unknown.meets(need, "cpu"))
 
-    declared = {"declared arithmetic", "checked arguments"}
+    declared = {"declared arithmetic", "checked arguments", "device checks"}
     assert set(not_offered) == {name for name, law in LAWS.items() if law.asks & declared}
     assert set(not_offered.values()) == declared
     assert {*owed, *not_offered} == set(LAWS)

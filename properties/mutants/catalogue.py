@@ -26,6 +26,7 @@ from properties.mutants import (
     split,
     state,
     tail,
+    unseen,
 )
 from properties.mutants.mutant import Mutant
 
@@ -41,6 +42,7 @@ ALL: tuple[Mutant, ...] = (
     *append.MUTANTS,
     *decode.MUTANTS,
     *state.MUTANTS,
+    *unseen.MUTANTS,
     *layout.MUTANTS,
     *poison.MUTANTS,
     *arguments.MUTANTS,

@@ -81,15 +81,6 @@ MUTANTS = (
         VALUES,
     ),
     Mutant(
-        "F372",
-        "APPEND",
-        "a decode step stores a token that does not fit",
-        "a recorded call that overflows",
-        (Edit(SPLIT_KV, _STORES, _STORES.removesuffix(" & fits")),),
-        BYTES,
-        needs_gpu="the host checks every call that is not recorded in a CUDA graph",
-    ),
-    Mutant(
         "F373",
         "APPEND",
         "every split of a decode step stores the token where its own slots end",

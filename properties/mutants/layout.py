@@ -126,13 +126,4 @@ MUTANTS = (
         ),
         ("two_to_the_31",),
     ),
-    Mutant(
-        "F109",
-        "STRIDE",
-        "data that is not aligned to 16 bytes is read in vectors all the same",
-        "a view that starts at an odd element",
-        (Edit(WRAPPER, _READABLE, _READABLE.replace("tensor.data_ptr() % 16 == 0 and ", "")),),
-        STRIDES,
-        needs_gpu="the interpreter reads element by element",
-    ),
 )

@@ -154,4 +154,10 @@ MUTANTS = (
         Edit(TUNING, "        if not self.one_query:\n            return 1\n", ""),
         laws=("many_splits",),
     ),
+    _neutral(
+        "N16",
+        "data that is not aligned to 16 bytes is not copied: Triton compiles another kernel for such an address",
+        Edit(WRAPPER, "tensor.data_ptr() % 16 == 0 and ", ""),
+        laws=("unaligned_inputs",),
+    ),
 )

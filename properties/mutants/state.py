@@ -193,13 +193,4 @@ MUTANTS = (
         ),
         ("call_that_grows_the_buffers", *BYTES),
     ),
-    Mutant(
-        "F94",
-        "STATE",
-        "a fault that the device reported is not raised by the next call",
-        "a recorded call that overflowed",
-        (Edit(PRIMITIVES, "            tl.store(fault_ptr, b + 1)\n", "            tl.store(fault_ptr, 0)\n"),),
-        (),
-        needs_gpu="the host checks every call that is not recorded in a CUDA graph",
-    ),
 )

@@ -107,6 +107,8 @@ class Subject:
         paths: contexts that force one of its kernels each, by name; on a correct one they agree.
         unsplit: context in which all keys of a row lie in one split, if it splits them otherwise.
         checks_arguments: it refuses every malformed argument.
+        unseen: context in which the host may not look at lengths, as while a CUDA graph is recorded; then its caches'
+            ``check()`` reports what the device found. None if it has no such calls.
         is_disturbed: it is called in another way than a case says (see ``properties.callers``).
         capabilities: what it offers.
         packages: what it needs beside PyTorch, as pip names it.
@@ -125,6 +127,7 @@ class Subject:
     paths: Mapping[str, Callable[[Case], AbstractContextManager[Any]]] = field(default_factory=dict)
     unsplit: Callable[[Case], AbstractContextManager[Any]] = _unforced
     checks_arguments: bool = False
+    unseen: Callable[[], AbstractContextManager[Any]] | None = None
     is_disturbed: bool = False
     capabilities: Capabilities = EVERYTHING
     packages: tuple[str, ...] = ()
@@ -137,6 +140,8 @@ class Subject:
                 return self.capabilities.meets(need) and self.model(device) != PERMISSIVE
             case "checked arguments":
                 return self.checks_arguments
+            case "device checks":
+                return self.unseen is not None
             case _:
                 return self.capabilities.meets(need)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 
 import flashcore
-from flashcore.fast import buffers, tuning
+from flashcore.fast import attention_production, buffers, tuning
 from properties.case import Case
 from properties.subjects import DEFAULT, Subject
 from references.arithmetic_model import AMPERE, BLACKWELL, HOPPER, INTERPRETER, ArithmeticModel
@@ -35,6 +36,11 @@ def in_few_splits(case: Case) -> AbstractContextManager[None]:
 def unsplit(_: Case) -> AbstractContextManager[None]:
     """Force one split a row, of whatever length."""
     return tuning.forced(max_splits=1)
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Plan calls as those that a CUDA graph records: no length is looked at on the host."""
+    return patch.object(attention_production, "_is_capturing", return_value=True)
 
 
 def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
@@ -79,6 +85,7 @@ def subject() -> Subject:
         tiles=tiles,
         model=model,
         checks_arguments=True,
+        unseen=unseen,
         paths={
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),
