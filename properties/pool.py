@@ -81,7 +81,7 @@ class Worker:
         self._setup = Setup(subject, device, str(self._path), gpu, first_on_path)
         self._journal = Journal(self._path)
         self._cases_before = 0
-        self._timed = (0.0, 0.0)
+        self._timed = (-1.0, 0.0, 0.0)  # when the case began, when it was seen, and what had been waited then
         self._start()
 
     def _start(self) -> None:
@@ -155,11 +155,15 @@ class Worker:
         return None
 
     def _ran(self, entry: Entry) -> float:
-        """Seconds of the running case, without those in which the process waited for a processor."""
-        waited = _waited(self.process.pid)
-        if self._timed[0] != entry.began:
-            self._timed = entry.began, waited
-        return time.monotonic() - entry.began - (waited - self._timed[1])
+        """Seconds since the running case was first seen, without those in which the process waited for a processor.
+
+        Not since it began: how long the process waited before it was seen is not known.
+        """
+        began, seen, waited_before = self._timed
+        if began != entry.began:
+            seen, waited_before = time.monotonic(), _waited(self.process.pid)
+            self._timed = entry.began, seen, waited_before
+        return time.monotonic() - seen - (_waited(self.process.pid) - waited_before)
 
     def _death(self, kind: str, how: str) -> Death:
         entry = self.entry()

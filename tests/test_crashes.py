@@ -66,11 +66,12 @@ def test_a_kernel_that_is_compiled_for_each_shape_may_take_longer(
 
 
 @pytest.mark.parametrize(("waited", "is_hang"), [(0.0, True), (55.0, True), (75.0, False)])
+@pytest.mark.parametrize("unseen", [0.0, 40.0])
 def test_time_without_a_processor_is_no_time_of_the_case(
-    waited: float, is_hang: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unseen: float, waited: float, is_hang: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker of low priority on a busy machine once stood still for 30 s: a hang that was none."""
-    clock, queue = [0.0], [5.0]
+    """A worker of low priority on a busy machine once stood still for 30 s, and once while nobody looked: no hangs."""
+    clock, queue = [unseen], [5.0]
     monkeypatch.setattr(pool, "_waited", lambda _: queue[0])
     monkeypatch.setattr(pool.Worker, "_start", lambda self: setattr(self, "process", MagicMock(pid=1)))
     monkeypatch.setattr(pool, "_held", lambda _: 0)
@@ -82,7 +83,7 @@ def test_time_without_a_processor_is_no_time_of_the_case(
     monkeypatch.setattr(worker, "entry", lambda: entry)
 
     assert worker.collect(30.0) is None
-    clock[0], queue[0] = 100.0, 5.0 + waited
+    clock[0], queue[0] = unseen + 100.0, 5.0 + waited
 
     death = worker.collect(30.0)
 
