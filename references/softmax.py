@@ -120,7 +120,8 @@ class Sequences:
             wanted: queries, and what to make of the keys before they meet them; None: nothing. Everything that is
                 wanted is taken of a piece of the keys while it is in a cache.
         """
-        results = [np.zeros((*query.shape[:2], self.kv_len)) for query, _ in wanted]
+        new = np.empty if len(self.rows) == 1 else np.zeros
+        results = [new((*query.shape[:2], self.kv_len)) for query, _ in wanted]
         few = self.query.shape[1] <= FEW_ROWS
         turned_queries = [np.ascontiguousarray(query.swapaxes(-1, -2)) if few else query for query, _ in wanted]
         room = self._room()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from properties.numerics.cost import drawn, work_of
+from properties.subjects import activate
 from references.arithmetic_model import AMPERE, HOPPER, INTERPRETER, REFERENCE, ArithmeticModel
 from references.attention import attention
-from references.error_bounds import ORACLE_SHARE, Budget, budget
+from references.error_bounds import ORACLE_SHARE, Budget, budget, budgets
 from references.rounding import BFLOAT16, FLOAT16, FLOAT32, Format
 from references.tiling import tiling
 from tests.value_families import FAMILIES, Family, Problem, draw
@@ -110,6 +112,23 @@ def test_the_oracle_s_own_error_is_the_share_that_budgets_reserve_for_it(
             assert np.all(own.lse <= ORACLE_SHARE * (kernel.lse - kernel.lse_terms["oracle"]))
             assert np.all(own.out > 0)
     assert ORACLE_SHARE < 1e-6
+
+
+def test_the_oracle_s_own_error_is_within_that_share_in_drawn_cases() -> None:
+    subject = activate("flashcore")
+    compared = 0
+    for case in drawn(60, seed_of_run=3):
+        work = work_of(case, subject)
+        at_once = [dataclasses.replace(one, tiles=tiling(one.key.shape[1], 0, 1 << 20)) for one in work.sequences]
+        own = budgets(at_once, scale=work.scale, fmt="float64", model=REFERENCE)
+        kernel = budgets(work.sequences, scale=work.scale, fmt=work.fmt, model=INTERPRETER)
+        for mine, its in zip(own, kernel, strict=True):
+            bounded = ~np.isnan(its.out)
+            assert np.all((mine.out <= ORACLE_SHARE * (its.out - its.terms["oracle"]))[bounded])
+            bounded = ~np.isnan(its.lse)
+            assert np.all((mine.lse <= ORACLE_SHARE * (its.lse - its.lse_terms["oracle"]))[bounded])
+            compared += int(bounded.sum())
+    assert compared > 1000
 
 
 @pytest.mark.parametrize("family", ["normal", "huge logits", "rising", "positive values"])
