@@ -145,7 +145,7 @@ class Alike:
         if p_error is not None:
             labels = np.floor(labels * (4 * LN_2 / p_error))
         like = _like_before(labels)
-        many = (labels < np.inf).sum(axis=-1) - like.sum(axis=-1) > more_than
+        many = np.count_nonzero(labels < np.inf, axis=-1) - np.count_nonzero(like, axis=-1) > more_than
         result[head[~many], row[~many]] = np.inf
         for groups in _groups(head[many], row[many], order[many], like[many], result.shape[-1]):
             share, size = groups.of(of_keys), sizes(groups)
@@ -155,7 +155,8 @@ class Alike:
             np.square(size, out=size)
             excess -= (share @ size)[:, 0]
             place = groups.head[:, 0] * result.shape[1] + groups.row[:, 0]
-            begins = np.flatnonzero(np.diff(place, prepend=-1))
+            last = np.flatnonzero(place[1:] != place[:-1])  # of each row but the last
+            begins = np.concatenate(([0], last + 1))
             result.reshape(-1, result.shape[-1])[place[begins]] += np.add.reduceat(excess, begins, axis=0)
 
 
@@ -174,9 +175,10 @@ def _groups(head: IntArray, row: IntArray, order: IntArray, like: BoolArray, col
         columns: numbers to be held for each key.
     """
     # Nothing is before the first key of a row, and nothing after the last is like it.
-    like = np.pad(like, ((0, 0), (1, 1)))
-    first = np.flatnonzero(like[:, 1:] > like[:, :-1])
-    size = np.flatnonzero(like[:, 1:] < like[:, :-1]) - first + 1
+    bounded = np.zeros((len(like), like.shape[1] + 2), dtype=np.bool_)
+    bounded[:, 1:-1] = like
+    first = np.flatnonzero(bounded[:, 1:] > bounded[:, :-1])
+    size = np.flatnonzero(bounded[:, 1:] < bounded[:, :-1]) - first + 1
     its = first // order.shape[-1]
     # Sizes of two significant bits, so that there are few.
     unit = 1 << np.maximum(np.frexp(size)[1] - 2, 0)
