@@ -59,7 +59,7 @@ class Assignment:
         law: its name.
         seed: of Hypothesis.
         max_examples: cases to try.
-        seconds: time to try them in; None for no limit.
+        seconds: time to try them in, the first aside; None for no limit.
         shrink_seconds: time to make a failing case small, once there is one.
         database: folder of Hypothesis' own memory of failures; None for none.
     """
@@ -108,7 +108,7 @@ class _Watch:
     def run(self, case: Case) -> None:
         now = time.monotonic()
         limit = self.shrink_deadline if self.failed is not None else self.deadline
-        if limit is not None and now > limit:
+        if limit is not None and now > limit and self.tally.cases > 0:
             raise TimeIsUp
         self.try_case(case)
 

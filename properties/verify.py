@@ -31,7 +31,8 @@ REGRESSIONS = Path("fixtures/regressions")
 CANDIDATES = Path("fixtures/candidates")
 DATABASE = ".hypothesis/examples"
 
-# Shares of a law's time: a short look at every law first, so that an easy fault shows at once.
+# Shares of a law's time: a short look at every law first, so that an easy fault shows at once. A look takes at least
+# this many seconds, the first less where the time of the run is not enough for all laws, a second none once it is over.
 FIRST_LOOK = 0.2
 SHORTEST_SLICE = 1.0
 # After the first failure the other laws get this much each, and their failures are shrunk this long.
@@ -278,16 +279,17 @@ class Verification:
 
     def _next_unit(self, units: deque[_Unit], pool: Pool) -> _Unit | None:
         failing = any(r.failure for r in self.results.values())
+        left = self._left()
+        is_over = left is not None and left < SHORTEST_SLICE
         at_work = {self._law_of(worker) for worker in pool.busy()}
         while units:
             unit = units.popleft()
             result = self.results[unit.law]
             if result.failure is not None:
                 continue
-            if failing and (result.rounds > 0 or unit.law in at_work):
+            if (failing or is_over) and (result.rounds > 0 or unit.law in at_work):
                 continue
             return unit
-        left = self._left()
         if failing or left is None or left < 2 * SHORTEST_SLICE or self.max_examples is not None or not self.results:
             return None
         # Time is left over: more of the law with the least time.
@@ -301,9 +303,13 @@ class Verification:
         if left is not None:
             waiting = sum(u.weight for u in units if self.results[u.law].failure is None)
             share = unit.weight / (unit.weight + waiting)
-            slice_seconds = max(SHORTEST_SLICE, min(left, left * share * len(pool.workers)))
+            unseen = sum(r.rounds == 0 for r in self.results.values())
+            shortest = min(SHORTEST_SLICE, left * len(pool.workers) / max(1, unseen))
+            slice_seconds = max(shortest, min(left, left * share * len(pool.workers)))
         if failing:
-            slice_seconds = min(slice_seconds or SECONDS_AFTER_FAILURE, SECONDS_AFTER_FAILURE)
+            slice_seconds = (
+                SECONDS_AFTER_FAILURE if slice_seconds is None else min(slice_seconds, SECONDS_AFTER_FAILURE)
+            )
         worker.give(
             Assignment(
                 unit.law,

@@ -13,7 +13,7 @@ import pytest
 
 from properties import laws
 from properties.__main__ import main
-from tests.command_line import BROKEN, DIFFERENTIAL, NAIVE, command, environment, properties
+from tests.command_line import BROKEN, DIFFERENTIAL, NAIVE, ROOT, command, environment, properties
 
 
 def test_a_correct_kernel_holds_and_the_table_says_so(tmp_path: Path) -> None:
@@ -74,6 +74,39 @@ def test_a_broken_kernel_fails_with_its_smallest_case_and_files_that_show_it(tmp
     first = properties("verify", "--subject", BROKEN, "--max-examples", 1, "--law", "append", "-n", 1, folder=tmp_path)
     assert first.returncode == 1
     assert "0001-padding-keys-took-part-in-the.json fails again" in first.stdout
+
+
+def _documented(number: int) -> tuple[list[str], str]:
+    """A command of docs/your-kernel.md and what it shows below it."""
+    blocks = re.findall(
+        r"^    python -m properties (verify .*)\n((?:    .*\n)*)",
+        (ROOT / "docs/your-kernel.md").read_text(),
+        re.MULTILINE,
+    )
+    words, shown = blocks[number]
+    return words.split(), re.sub("^    ", "", shown, flags=re.MULTILINE)
+
+
+def test_the_documented_first_command_looks_at_every_law_even_if_there_is_no_time(tmp_path: Path) -> None:
+    words, _ = _documented(0)
+
+    done = properties(*words, "--seconds", 0.001, "--json", "result.json", folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all laws hold of the 13 that can be judged" in done.stdout
+    laws_tried = json.loads((tmp_path / "result.json").read_text())["laws"]
+    assert {law["cases"] for law in laws_tried} == {1}
+
+
+def test_the_documented_failure_is_what_its_command_finds(tmp_path: Path) -> None:
+    words, shown = _documented(1)
+
+    done = properties(*words, folder=tmp_path)
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = re.sub(r"^FAILED after \d+ s", "FAILED after 4 s", done.stdout, flags=re.MULTILINE)
+    assert shown.count("\n") == 7
+    assert shown in found
 
 
 def test_an_interrupt_ends_with_the_table_so_far(tmp_path: Path) -> None:
