@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from properties.mutants.catalogue import select
-from properties.numerics import planted_faults
+from properties.numerics import on_device, planted_faults
 from properties.numerics.noise_baselines import noise_of
 from properties.numerics.oracles import LATTICE_CASES, Kernel, Seen, caught_by, lattice_differs, look
 from properties.numerics.precision_faults import clean_run, simulated
@@ -66,6 +66,19 @@ def test_the_gate_is_violated_by_a_kernel_that_truncates_p() -> None:
 def test_validation_reports_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--outputs", "20000", "--families", "gauss", "coherent"]) == 0
     assert "| float16 | gauss |" in capsys.readouterr().out
+
+
+def test_the_gate_holds_for_the_shipped_kernels_and_not_for_a_wrong_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--outputs", "12000"]
+    assert on_device.main(arguments) == 0
+    assert "| float16 |" in capsys.readouterr().out
+
+    monkeypatch.setattr(on_device, "shipped", lambda fmt: simulated(fmt, INTERPRETER, "p_fp8"))
+
+    assert on_device.main(arguments) == 1
+    assert "VIOLATION" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fmt", ["bfloat16", "float16"])

@@ -15,19 +15,19 @@ import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from properties.numerics.families import FAMILIES, make
+from properties.numerics.families import FAMILIES, Problem, make
 from properties.numerics.report import publish
 from references.arithmetic_model import AMPERE, HOPPER, INTERPRETER, ArithmeticModel
 from references.attention import attention
 from references.error_bounds import budget
-from references.rounding import as_format
+from references.rounding import Format, as_format
 from references.simulator import Errors, Order, simulate
-from references.tiling import tiling
+from references.tiling import Tiles, tiling
 
 FORMATS = ("float16", "bfloat16", "float32")
 MODELS = {model.name: model for model in (INTERPRETER, AMPERE, HOPPER)}
@@ -142,7 +142,23 @@ def measure(
         contracted=e.contracted,
         seed=e.seed,
     )
-    reference, reference_lse = attention(*tensors, is_causal=e.is_causal, scale=problem.scale)
+    return compared(problem, out, lse, e.is_causal, fmt, claimed or model, tiles, with_alarm=with_alarm)
+
+
+def compared(
+    problem: Problem,
+    out: NDArray[np.float64],
+    lse: NDArray[np.float64],
+    is_causal: bool,
+    fmt: Format,
+    model: ArithmeticModel,
+    tiles: Tiles,
+    *,
+    with_alarm: bool = True,
+) -> Outcome:
+    """Compare results with the reference."""
+    tensors = problem.query, problem.key, problem.value
+    reference, reference_lse = attention(*tensors, is_causal=is_causal, scale=problem.scale)
 
     def allowed(confidence: float | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         found = budget(
@@ -150,7 +166,7 @@ def measure(
             problem.visible,
             scale=problem.scale,
             fmt=fmt,
-            model=claimed or model,
+            model=model,
             tiles=tiles,
             alarm_lambda=confidence,
         )
@@ -166,11 +182,17 @@ def measure(
 
 @dataclass
 class Tally:
-    """Utilisations of one format and family."""
+    """Utilisations of several experiments."""
 
-    out: list[NDArray[np.float64]]
-    lse: list[NDArray[np.float64]]
-    alarm: list[NDArray[np.float64]]
+    out: list[NDArray[np.float64]] = field(default_factory=list)
+    lse: list[NDArray[np.float64]] = field(default_factory=list)
+    alarm: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more experiment."""
+        self.out.append(outcome.out)
+        self.lse.append(outcome.lse)
+        self.alarm.append(outcome.alarm)
 
     def row(self) -> str:
         """Cells of the table: count, maximum and median of out, maximum of lse, alarms."""
@@ -190,16 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/numerics.md")
     arguments = parser.parse_args(argv)
 
-    tallies: dict[tuple[str, str], Tally] = defaultdict(lambda: Tally([], [], []))
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
     violations = 0
     best: dict[str, tuple[float, Experiment]] = {}
     for experiment in plan(arguments.outputs, arguments.families, arguments.seed):
         outcome = measure(experiment, MODELS[experiment.model])
         for key in ((experiment.fmt, experiment.family), (experiment.fmt, "all"), ("all", experiment.model)):
-            tally = tallies[key]
-            tally.out.append(outcome.out)
-            tally.lse.append(outcome.lse)
-            tally.alarm.append(outcome.alarm)
+            tallies[key].add(outcome)
         worst = float(max(outcome.out.max(initial=0.0), outcome.lse.max(initial=0.0)))
         if worst > 1:
             violations += 1
