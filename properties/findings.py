@@ -26,7 +26,7 @@ DOCUMENT = Path("docs/findings.md")
 SECTION = "python -m properties findings"
 SCHEMA = Path(__file__).parents[1] / "fixtures/schema/finding.schema.json"
 # Distributions whose module has another name.
-_MODULES = {"paddlepaddle": "paddle"}
+_MODULES = {"flashinfer-python": "flashinfer", "paddlepaddle": "paddle"}
 _HOW = {"by hand": "by hand", "fractions": "with fractions", "mpmath": "with mpmath"}
 _HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", re.MULTILINE)
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from properties import device, subjects
+from properties.assertions import LawViolation
 from properties.capabilities import NotOffered
 from properties.case import Case, Row, Step
 from properties.checking import check
@@ -266,6 +267,32 @@ def test_rows_are_given_as_the_kernel_wants_them(kernel: type[Adapter], is_causa
             used = check(replace(case, group_size=group_size), as_subject(kernel(), kernel.name))
             assert 0 < used.out < 1
             assert 0 < used.lse < 1
+
+
+def attend_by_rounded_weights(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``attend``; the row sum adds weights in the format of the query."""
+    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
+    logits = q @ k.mT * scale
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1 + k.shape[1] - q.shape[1]) > 0, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp().to(query.dtype).float()
+    row_sum = weights.sum(-1, keepdim=True)
+    return (weights @ v / row_sum).transpose(0, 1).to(query.dtype), (top + row_sum.log())[..., 0].T
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_row_sum_of_rounded_weights_is_the_arithmetic_of_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the budget of a kernel of which nothing is known, and within the one that it declares."""
+    monkeypatch.setattr("tests.test_gpu_subjects.attend", attend_by_rounded_weights)
+    case = replace(RAGGED, head_dim=64, dtype="bfloat16")
+
+    assert 0 < check(case, as_subject(FlashInfer(), "flashinfer")).lse < 1
+    monkeypatch.setattr(FlashInfer, "model", Adapter.model)
+    with pytest.raises(LawViolation, match="lse exceeds its error budget"):
+        check(case, as_subject(FlashInfer(), "flashinfer"))
 
 
 @pytest.mark.usefixtures("foreign")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from properties.capabilities import Capabilities, Policy
 from properties.subjects.adapter import Adapter, Call, Result
 from properties.subjects.packing import PAGE, ends, packed, paged, unpacked
+from references.arithmetic_model import PERMISSIVE, ArithmeticModel
 
 _DOCS = "https://docs.flashinfer.ai/api/attention.html"
 WORKSPACE = 128 << 20
@@ -38,6 +40,11 @@ class FlashInfer(Adapter):
             "bits across batches": Policy("may differ, unless fixed_split_size is given", "documented", _DOCS),
         },
     )
+
+    def model(self, device: str) -> ArithmeticModel:
+        """For prompts the row sum adds weights in the input's format (compute_sfm_v of prefill.cuh, 0.7.4)."""
+        del device
+        return replace(PERMISSIVE, name="FlashInfer", row_sum_from_p=True)
 
     @cached_property
     def decode(self) -> Any:
