@@ -247,7 +247,8 @@ def _of_finite(
     exact = softmax_of(together, logit)
     tiles = [layout(one.tiles, one.key.shape[1]) for one in several]
     seen = counts(together.visible, tiles, arithmetic.products_per_step if arithmetic.fused else 1)
-    deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
+    of_gate = sizes if alarm_lambda is None else sizes.copy()
+    deviations = deviations_of(together, exact, of_gate, scale, arithmetic, seen, tiles)
     shares = shares_of(exact, deviations, arithmetic)
     sums = sums_of(together, exact, shares, arithmetic)
     largest_sum = float(sums.all_values.max())

@@ -62,6 +62,10 @@ class ScoreSizes:
     of_products: Float64Array
     of_keys: Float64Array | None
 
+    def copy(self) -> ScoreSizes:
+        """Sizes to be overwritten."""
+        return ScoreSizes(self.of_products.copy(), self.of_keys)
+
 
 def scores_of(sequences: Sequences, scale: float, arithmetic: Arithmetic) -> tuple[Float64Array, ScoreSizes]:
     """Logits in base 2, [num_kv_heads, rows, kv_len], and the sizes of their scores; any inputs."""
@@ -90,8 +94,8 @@ def deviations_of(
 ) -> Deviations:
     """Sections (1) to (3): scores, logits, exponentials.
 
-    ``way``: of the keys, if it is known. The alarm takes the gate's: with smaller errors no more tiles can raise the
-    maximum.
+    ``sizes`` is overwritten. ``way``: of the keys, if it is known. The alarm takes the gate's: with smaller errors no
+    more tiles can raise the maximum.
     """
     model, u = arithmetic.model, arithmetic.u
     c = abs(scale) * LOG2_E
@@ -107,13 +111,13 @@ def deviations_of(
         query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
         if arithmetic.fused:  # the scaled query may be subnormal where the query is not
             query_floor += g * arithmetic.fmt.smallest_normal
-        exponent = sizes.of_products * (factor * g)
+        exponent = np.multiply(sizes.of_products, factor * g, out=sizes.of_products)
         exponent += sizes.of_keys * ((1 + u) * (1 + g) * query_floor)
         constant = (1 + u) * score_floor
         room = np.empty_like(exponent)
     else:
         factor *= 1 + u
-        exponent = sizes.of_products * (factor * g)
+        exponent = np.multiply(sizes.of_products, factor * g, out=sizes.of_products)
         constant = factor * score_floor + (1 + u) * arithmetic.floor
         room = np.abs(exact.logit)
         room *= (1 + u) * u * (1 + theta)
