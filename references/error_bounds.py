@@ -17,22 +17,13 @@ from numpy.typing import NDArray
 
 from references.alarm import Alike, independent_of
 from references.arithmetic_model import ArithmeticModel
-from references.budget_terms import (
-    LSE_TERMS,
-    TERMS,
-    Likely,
-    Problem,
-    lse_terms,
-    out_terms,
-    shares_of,
-    sums_of,
-    sums_of_alarm,
-)
+from references.budget_terms import LSE_TERMS, TERMS, Likely, Problem, lse_terms, out_terms
 from references.centred import Centred
 from references.overflow import non_finite, surely_finite
 from references.overflow import overflow_free as overflow_free
 from references.rounding import Format, as_format
 from references.rounding_errors import Arithmetic, arithmetic_of
+from references.shares import shares_of, sums_of, sums_of_alarm
 from references.softmax import Sequences, softmax_of
 from references.tiling import Tiles, counts, layout
 from references.tiling import tiling as tiling
