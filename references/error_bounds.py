@@ -251,7 +251,7 @@ def _of_finite(
     of_lse, lse_total = lse_terms(problem, deviations, share_sum, arithmetic)
     if alarm_lambda is not None:
         arithmetic = arithmetic_of(model, fmt, arithmetic.head_dim, alarm_lambda)
-        deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles, deviations.way)
+        deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
         gate = shares, sums
         shares = shares_of(exact, deviations, arithmetic, shares)
         likely = Likely(independent_of(exact, deviations), Alike(together, exact))

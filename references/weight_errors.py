@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from references.rounding_errors import Arithmetic, Error
 from references.softmax import LN_2, LOG2_E, Make, Sequences, Softmax, lifted_magnitude
-from references.tiling import ONE_TILE, Count, Counts, Layout, Path, add_to_keys, highest, path
+from references.tiling import ONE_TILE, Count, Counts, Layout, add_to_keys, highest, path
 
 Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -36,7 +36,6 @@ class Deviations:
     shared: Float64Array | None  # [num_kv_heads, rows, kv_len] part of phi that is one function of the gap; the alarm's
     shift: Float64Array  # error that all logits have in common, in octaves
     reach: Float64Array  # how far the computed maximum may be off, in octaves
-    way: Path  # of the keys
     rescaling: Error  # of the accumulator and of the row sum, [..., rows]
     row_sum: Error  # of the row sum, rescaling included, [..., rows]
 
@@ -90,13 +89,8 @@ def deviations_of(
     arithmetic: Arithmetic,
     seen: Counts,
     tiles: list[Layout],
-    way: Path | None = None,
 ) -> Deviations:
-    """Sections (1) to (3): scores, logits, exponentials.
-
-    ``sizes`` is overwritten. ``way``: of the keys, if it is known. The alarm takes the gate's: with smaller errors no
-    more tiles can raise the maximum.
-    """
+    """Sections (1) to (3): scores, logits, exponentials. The sizes are overwritten."""
     model, u = arithmetic.model, arithmetic.u
     c = abs(scale) * LOG2_E
 
@@ -125,14 +119,14 @@ def deviations_of(
     if exact.hidden is not None:
         np.copyto(exponent, 0.0, where=exact.hidden)
 
-    if way is None and any(len(order.starts) > 1 for order in tiles):
+    way = ONE_TILE
+    if any(len(order.starts) > 1 for order in tiles):
         of_tiles = highest([exact.logit, exponent], sequences.rows, tiles)
         top, off = of_tiles[:, :, 0], np.maximum(of_tiles[:, :, 1], 0.0)
         # A constant that may have been flushed says nothing about the order of the logits.
         off += constant
         off *= 1 / (1 - theta) if theta < 0.5 else 1e300
         way = path(top + off, top - off, seen.splits, grouped=model.merge == "grouped")
-    way = way or ONE_TILE
     rescaling = arithmetic.rescaling(seen, way)
     row_sum = arithmetic.row_sum(seen, rescaling)
 
@@ -177,9 +171,7 @@ def deviations_of(
         np.expm1(shared, out=shared)
     shift = theta * np.abs(exact.peak)
     of_wide = wide if linear is not exponent else None
-    return Deviations(
-        exponent, largest, linear, slope, of_wide, shared, shift, shift + tau_max, way, rescaling, row_sum
-    )
+    return Deviations(exponent, largest, linear, slope, of_wide, shared, shift, shift + tau_max, rescaling, row_sum)
 
 
 def _stored_lse(
