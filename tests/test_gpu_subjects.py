@@ -24,7 +24,7 @@ from properties.subjects.adapter import Adapter, as_subject
 from properties.subjects.flag_gems_attention import Paged as FlagGemsPaged
 from properties.subjects.flag_gems_attention import Varlen as FlagGemsVarlen
 from properties.subjects.flashinfer_attention import FlashInfer
-from properties.subjects.flex_attention import FlexCompiled, FlexEager
+from properties.subjects.flex_attention import FlexCompiled, FlexCompiledCpu, FlexEager
 from properties.subjects.torch_sdpa import Cudnn, FlashCuda
 from properties.subjects.torch_varlen import Varlen
 from properties.subjects.xformers_splitk import SplitK
@@ -313,11 +313,16 @@ def test_split_k_without_its_extension_cannot_be_used(monkeypatch: pytest.Monkey
         SplitK()
 
 
-def test_a_compiled_function_gets_what_the_eager_one_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [FlexCompiled, FlexCompiledCpu])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_compiled_function_gets_what_the_eager_one_gets(
+    kind: type[FlexCompiled], is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced for any lengths and run uncompiled: 16-bit scores are rounded then, so in float32."""
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(FlexCompiled, "capabilities", FlexEager.capabilities)
+    has_lse = kind.capabilities.lse
+    monkeypatch.setattr(kind, "capabilities", replace(FlexEager.capabilities, lse=has_lse))
 
-    used = check(replace(RAGGED, dtype="float32", group_size=3), as_subject(FlexCompiled(), "flex"))
+    used = check(replace(RAGGED, dtype="float32", group_size=3, is_causal=is_causal), as_subject(kind(), "flex"))
     assert 0 < used.out < 1
-    assert 0 < used.lse < 1
+    assert (0 < used.lse < 1) == has_lse

@@ -57,6 +57,7 @@ ADAPTERS = {
     "x-transformers": "properties.subjects.x_transformers:XTransformers",
     "torch-flex-eager": "properties.subjects.flex_attention:FlexEager",
     "torch-flex-compiled": "properties.subjects.flex_attention:FlexCompiled",
+    "torch-flex-compiled-cpu": "properties.subjects.flex_attention:FlexCompiledCpu",
     "transformers-dynamic-cache": "properties.subjects.transformers_eager:DynamicCacheEager",
     "transformers-static-cache": "properties.subjects.transformers_eager:StaticCacheEager",
     "transformers-sdpa": "properties.subjects.transformers_eager:DynamicCacheSDPA",

@@ -1,7 +1,4 @@
-"""PyTorch's FlexAttention, not compiled on any device and compiled on CUDA.
-
-Compiled for a CPU it returns no log-sum-exps (2.13) and takes a minute and more for each shape.
-"""
+"""PyTorch's FlexAttention, not compiled, compiled for CUDA and compiled for a CPU."""
 
 from __future__ import annotations
 
@@ -48,26 +45,32 @@ class FlexEager(Adapter):
         """Use the function as it is."""
         self.attend: Callable[..., Any] = flex_attention
 
+    def sees(self, call: Call) -> Callable[..., torch.Tensor]:
+        """Whether query i of row b sees key j: a function of (b, head, i, j), tensors of integers."""
+        assert call.mask is not None
+        mask = call.mask.expand(call.query.shape[0], -1, -1, -1)
+        return lambda b, _, i, j: mask[b, 0, i, j]
+
     def run(self, call: Call) -> Result:
         """Give it the mask of the call, if one is needed."""
+        batch, slots, device = call.query.shape[0], call.keys.shape[2], str(call.query.device)
         block_mask = None
-        if call.mask is not None:
-            mask = call.mask.expand(call.query.shape[0], -1, -1, -1)
-            batch, _, q_len, slots = mask.shape
-            block_mask = create_block_mask(
-                lambda b, _, i, j: mask[b, 0, i, j], batch, None, q_len, slots, device=str(mask.device)
-            )
+        if not call.is_full:
+            block_mask = create_block_mask(self.sees(call), batch, None, call.q_len, slots, device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is not compiled
-            out, aux = self.attend(
+            result = self.attend(
                 call.query,
                 call.keys,
                 call.values,
                 block_mask=block_mask,
                 scale=call.scale,
                 enable_gqa=call.group_size > 1,
-                return_aux=AuxRequest(lse=True),
+                return_aux=AuxRequest(lse=True) if self.capabilities.lse else None,
             )
+        if not self.capabilities.lse:
+            return Result(result)
+        out, aux = result
         return Result(out, aux.lse)
 
 
@@ -95,3 +98,25 @@ class FlexCompiled(FlexEager):
         # Processes of its own would outlive a worker that is killed.
         torch._inductor.config.compile_threads = 1
         self.attend = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+class FlexCompiledCpu(FlexCompiled):
+    """Compiled for a CPU: a kernel in C++, in some six seconds for each pair of numbers of heads and dtype.
+
+    It returns no log-sum-exps: NotImplementedError in 2.13. The mask is computed from lengths, not read from a tensor
+    as elsewhere: with that most kernels do not compile, the finding torch-flex-cpu-dynamic-mask-does-not-compile.
+    """
+
+    name = "torch-flex-compiled-cpu"
+    capabilities = replace(
+        FlexCompiled.capabilities,
+        dtypes=("float32", "float16", "bfloat16"),
+        lse=False,
+        devices=("cpu",),
+    )
+
+    def sees(self, call: Call) -> Callable[..., torch.Tensor]:
+        """As the mask of the call."""
+        queries = call.new_lens if call.is_causal else (1,) * len(call.new_lens)
+        kv_lens, real = torch.tensor(call.kv_lens), torch.tensor(queries)
+        return lambda b, _, i, j: j <= (kv_lens[b] - 1 - (real[b] - 1 - i).clamp_min(0)).clamp_min(0)
