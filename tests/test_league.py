@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from properties import subjects
 from properties.__main__ import main
 from properties.assertions import assert_same_bits
 from properties.capabilities import EVERYTHING, Capabilities, NotOffered
+from properties.case import Case, Row
 from properties.league import problems, report, standings
-from properties.league.measuring import by_one_rule
+from properties.league.measuring import by_one_rule, measure
 from properties.runner import run
 from references.arithmetic_model import PERMISSIVE
 from tests.command_line import ROOT
@@ -136,7 +138,43 @@ def test_who_is_wrong_or_dies_is_counted_and_the_others_go_on(
 
 
 def test_the_document_shows_the_stored_results() -> None:
-    stored = report.ranked(standings.read(ROOT / "fixtures/league.json"))
+    stored = report.table(standings.read(ROOT / "fixtures/league.json"))
     lines = [line for line in (ROOT / "docs/league.md").read_text().splitlines() if line.startswith("| ")]
 
-    assert lines[2 : 2 + len(stored)] == [f"| {' | '.join(report.cells(entry))} |" for entry in stored]
+    assert [lines[0], *lines[2 : 1 + len(stored)]] == [f"| {' | '.join(row)} |" for row in stored]
+
+
+def truncated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
+    """Attention whose weights are cut to 8 bits, which rounds them toward zero."""
+    k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    logits = q.float() @ k.mT * q.shape[3] ** -0.5
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1 + k.shape[2] - q.shape[2]) > 0, -torch.inf)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    cut = (weights.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    out: torch.Tensor = cut @ v / weights.sum(-1, keepdim=True)
+    return out.to(q.dtype)
+
+
+def test_weights_rounded_toward_zero_lean_and_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    leans = {}
+    row = Case((Row(32, (32,)),), op="attention", group_size=1, head_dim=32, dtype="bfloat16", values="normal")
+    for spec in (RIGHT, f"{__name__}:truncated"):
+        monkeypatch.setattr(subjects, "active", lambda spec=spec: subjects.load(spec))
+        measured = [measure(replace(row, seed=seed)) for seed in range(16)]
+        leans[spec] = standings.lean([each.lean for each in measured if each.lean is not None])
+    right, cut = leans.values()
+
+    assert right is not None
+    assert cut is not None
+    assert abs(right["mean"]) < 0.01
+    assert cut["mean"] < -0.03
+    assert cut["z"] < -10
+    assert standings.lean([0.5]) is None
+    without = results(entry("right"), entry("other"))
+    header, *rows = report.table(
+        {**without, "entries": [{**without["entries"][0], "lean": cut}, without["entries"][1]]}
+    )
+    assert header == [*report.HEADER, "lean"]
+    assert {row[-1] for row in rows} == {"-", f"{100 * cut['mean']:+.2g} % (z {cut['z']:+.2g})"}
+    assert report.table(without)[0] == list(report.HEADER)

@@ -26,12 +26,15 @@ class Measured:
 
     Attributes:
         out, lse: error over budget of each element; infinite where it is not a number; None where there is none.
+        lean: mean of error / budget of the outputs, an error that makes one larger positive; None where there is no
+            number.
         wrong: what is beyond the kernel's own budget, in one line; "" if nothing is.
         not_offered: why it was not run; "" if it was.
     """
 
     out: Ratios | None = None
     lse: Ratios | None = None
+    lean: float | None = None
     wrong: str = ""
     not_offered: str = ""
 
@@ -60,6 +63,7 @@ def measure(case: Case) -> Measured:
     return Measured(
         out=_ratios(got.values, expected.out, expected.out_budget, expected),
         lse=_ratios(got.lse_values, expected.lse, expected.lse_budget, expected) if got.has_lse else None,
+        lean=_lean(got.values, expected.out, expected.out_budget),
         wrong=wrong,
     )
 
@@ -81,3 +85,10 @@ def _ratios(
     _, ratio = error_over_budget(got, right, budget, free[..., None] if got.ndim > free.ndim else free)
     with np.errstate(over="ignore"):
         return ratio.ravel().astype(np.float32)
+
+
+def _lean(got: NDArray[np.float64], right: NDArray[np.float64], budget: NDArray[np.float64]) -> float | None:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        signed = (got - right) * np.sign(right) / budget
+    signed = signed[np.isfinite(signed)]
+    return float(signed.mean()) if signed.size else None

@@ -101,6 +101,7 @@ def _entry(name: str, ready: Ready, dtype: str, outcomes: Sequence[Measured]) ->
         "wrong": {str(i): each.wrong for i, each in enumerate(outcomes) if each.wrong},
         "out": quantiles([each.out for each in taken if each.out is not None]),
         "lse": quantiles([each.lse for each in taken if each.lse is not None]),
+        "lean": lean([each.lean for each in taken if each.lean is not None and not each.wrong]),
     }
 
 
@@ -119,6 +120,15 @@ def quantiles(ratios: Sequence[Ratios]) -> dict[str, float | None] | None:
         value = float(values[at])
         found[name] = float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return found
+
+
+def lean(means: Sequence[float]) -> dict[str, float] | None:
+    """Mean over problems, and in how many standard errors it is not 0; None of less than two different ones."""
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    if spread == 0:
+        return None
+    mean = float(np.mean(means))
+    return {"mean": float(f"{mean:.{DIGITS}g}"), "z": float(f"{mean / spread * math.sqrt(len(means)):.{DIGITS}g}")}
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
