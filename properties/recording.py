@@ -34,7 +34,7 @@ def _tensors(case: Case) -> tuple[Tensors, Tensors]:
     return arguments, cache
 
 
-def _call(case: Case, subject: Subject, arguments: Tensors, cache: Any) -> Any:
+def _call(case: Case, subject: Subject, arguments: Tensors, cache: Any, *, update_cache: bool = True) -> Any:
     options = {name: getattr(case, name) for name in ("scale", "block_m", "block_n")}
     with subject.forced(case):
         return subject.attention_with_kv_cache(
@@ -42,6 +42,7 @@ def _call(case: Case, subject: Subject, arguments: Tensors, cache: Any) -> Any:
             past_key_value=cache,
             cache_max_len=case.cache_max_len,
             is_causal=case.is_causal,
+            update_cache=update_cache,
             return_lse=True,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -94,29 +95,32 @@ def with_a_bad_length(case: Case, subject: Subject) -> Iterator[tuple[Got, Got]]
     assert subject.make_cache is not None
     assert subject.unseen is not None
     arguments, cache = _tensors(case)
-    k, v, lens = cache["k"], cache["v"], cache["seq_lens"]
+    buffers, lens, appends = (cache["k"], cache["v"]), cache["seq_lens"], case.steps[0].update_cache
     new = arguments["new_lens"].tolist()
     row, kind = case.seed % len(new), case.seed // len(new) % 3
-    capacity = k.shape[2]
+    capacity = buffers[0].shape[2]
     too_long = min(capacity, case.cache_max_len) + 1 - new[row]
-    does_not_fit = kind == 0 and new[row] > 0
+    does_not_fit = appends and kind == 0 and new[row] > 0
     bad = lens.clone()
     bad[row] = too_long if does_not_fit else capacity + 1 if kind < 2 else -1
 
-    out, stored, lse = _call(case, subject, arguments, subject.make_cache(k.clone(), v.clone(), lens.clone()))
+    seen, unseen = (subject.make_cache(*(buffer.clone() for buffer in buffers), given.clone()) for given in (lens, bad))
+    out, stored, lse = _call(case, subject, arguments, seen, update_cache=appends)
     with subject.unseen():
-        blind = _call(case, subject, arguments, subject.make_cache(k.clone(), v.clone(), bad.clone()))
+        blind_out, blind, blind_lse = _call(case, subject, arguments, unseen, update_cache=appends)
+    if not appends:
+        stored, blind = seen, unseen
     others = [other for other in range(len(new)) if other != row]
     if others:
-        yield _got(case, blind[0][others], blind[2][others]), _got(case, out[others], lse[others])
+        yield _got(case, blind_out[others], blind_lse[others]), _got(case, out[others], lse[others])
     expected_lens = stored.seq_lens.clone()
-    expected_lens[row] = bad[row].clamp(0, capacity)
-    for held, buffer, before in zip(blind[1], stored, (k, v), strict=True):
+    expected_lens[row] = bad[row].clamp(0, capacity) if appends else bad[row]
+    for held, buffer, before in zip(blind, stored, buffers, strict=True):
         expected = buffer.clone()
         expected[row] = before[row]
-        lengths = [tensor.reshape(-1, 1, 1) for tensor in (blind[1].seq_lens, expected_lens)]
+        lengths = [tensor.reshape(-1, 1, 1) for tensor in (blind.seq_lens, expected_lens)]
         yield _got(case, held, lengths[0]), _got(case, expected, lengths[1])
-    _assert_reported(blind[1], row, subject.overflow_error if does_not_fit else ValueError)
+    _assert_reported(blind, row, subject.overflow_error if does_not_fit else ValueError)
 
 
 def _assert_reported(cache: Any, row: int, error: type[Exception]) -> None:

@@ -175,6 +175,9 @@ class _Session:
             for module in self.subject.allocators:
                 stack.callback(setattr, module, "empty", module.empty)
                 module.empty = self._empty  # type: ignore[attr-defined]
+                if hasattr(module, "unused"):
+                    stack.callback(setattr, module, "unused", module.unused)
+                    module.unused = self._unused  # type: ignore[attr-defined]
             yield
 
     def _empty(self, shape: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
@@ -185,6 +188,12 @@ class _Session:
         guarded = Guarded.allocate(name, shape, dtype, device, fill=fill)
         self.allocated.append(guarded)
         return guarded.tensor
+
+    def _unused(self, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        """One element amid guards, a guard itself: whoever follows a pointer that is not in use is found out."""
+        guarded = Guarded.allocate("a pointer that the call does not use", (0,), dtype, device)
+        self.allocated.append(guarded)
+        return guarded.storage.view(dtype)[guarded.guard : guarded.guard + 1]
 
     def _index(self, name: str, values: tuple[int, ...]) -> Guarded:
         bits = np.array(values, dtype=np.int64).astype(f"i{self.index_dtype.itemsize}")

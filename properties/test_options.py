@@ -71,6 +71,7 @@ def test_asking_for_the_lse_changes_no_bit_of_the_output(case: Case) -> None:
     without = run(case, spellings.without_lse(subjects.active()))
 
     assert_same_outputs(without.outputs, run(case).outputs, "a call without return_lse and with")
+    assert_no_findings(without, ["append", "cache", "guard", "lengths", "inputs"])
 
 
 @asks("checked arguments", "bits across runs")

@@ -8,6 +8,7 @@ VALUES = ("within_the_error_budget",)
 SPLITS = ("decode_over_several_splits", "within_the_error_budget")
 BYTES = ("append_stores", "nothing_else_is_written")
 PAST_THE_END = ("past_the_end",)
+UNUSED = ("asking_for_the_lse",)
 OVERFLOW = ("fits_to_its_last_slot", "overflow_is_all_or_nothing")
 
 _LOAD_V = "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)"
@@ -326,5 +327,35 @@ MUTANTS = (
         'logits = tl.where(offs_n[None, :] < row_limit[:, None], logits, -float("inf"))',
         'logits += tl.where(offs_n[None, :] < row_limit[:, None], 0.0, -float("inf"))',
         ("a_non_finite",),
+    ),
+    _edge(
+        "F452",
+        "VALID",
+        "log-sum-exps are stored that nobody asked for, through a pointer that is not in use",
+        "prefill path, return_lse=False",
+        PREFILL,
+        "if flags & RETURN_LSE:",
+        "if flags | RETURN_LSE:",
+        UNUSED,
+    ),
+    _edge(
+        "F453",
+        "VALID",
+        "log-sum-exps are stored that nobody asked for, through a pointer that is not in use",
+        "split path, return_lse=False",
+        SPLIT_KV,
+        "if flags & RETURN_LSE:",
+        "if flags | RETURN_LSE:",
+        UNUSED,
+    ),
+    _edge(
+        "F454",
+        "EMPTY",
+        "a call without tokens returns lengths that nobody wrote",
+        "q_len == 0",
+        WRAPPER,
+        "        if problem.seq_lens_out is not None:\n            problem.seq_lens_out.copy_(",
+        "        if problem.seq_lens_out is None:\n            problem.seq_lens_out.copy_(",
+        BYTES,
     ),
 )

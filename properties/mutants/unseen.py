@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from properties.mutants.mutant import APPEND, PREFILL, PRIMITIVES, SPLIT_KV, Edit, Mutant
+from properties.mutants.mutant import APPEND, CACHE, PREFILL, PRIMITIVES, SPLIT_KV, Edit, Mutant
 
 UNSEEN = ("host_cannot_see",)
 
@@ -116,5 +116,32 @@ MUTANTS = (
         PREFILL,
         "fits = lengths_ok & (cached + num_queries <= slot_limit)",
         "fits = cached + num_queries <= slot_limit",
+    ),
+    _unseen(
+        "F449",
+        "STATE",
+        "a length out of range is not reported where nothing is stored",
+        "split path, a recorded call with update_cache=False",
+        SPLIT_KV,
+        "elif flags & (HAS_SEQ_LENS | HAS_NEW_LENS):",
+        "elif flags & (HAS_SEQ_LENS & HAS_NEW_LENS):",
+    ),
+    _unseen(
+        "F450",
+        "STATE",
+        "a length out of range is not reported where nothing is stored",
+        "prefill path, a recorded call with update_cache=False",
+        PREFILL,
+        "elif flags & (HAS_SEQ_LENS | HAS_NEW_LENS):",
+        "elif flags & (HAS_SEQ_LENS & HAS_NEW_LENS):",
+    ),
+    _unseen(
+        "F451",
+        "STATE",
+        "a bad length is reported for ever",
+        "a recorded call with a length beyond the capacity or below 0",
+        CACHE,
+        "        if bad_length:\n            self.fault.zero_()\n",
+        "        if bad_length:\n",
     ),
 )

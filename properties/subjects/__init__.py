@@ -99,7 +99,8 @@ class Subject:
         attention: the same; None if it has none.
         make_cache: (k_cache, v_cache, seq_lens) -> its cache object; None if it takes plain tuples only.
         overflow_error: what it raises when a row does not fit.
-        allocators: modules whose ``empty(shape, dtype, device)`` makes everything the kernel writes.
+        allocators: modules whose ``empty(shape, dtype, device)`` makes everything the kernel writes, and whose
+            ``unused(dtype, device)``, if there is one, what stands for pointers that a call does not follow.
         forced: context in which a case's split size is used.
         tiles: (case, q_len, cached, new) -> the tiles in which it visits the keys of one row, for the error budget.
         model: its arithmetic on "cpu" or "cuda".
