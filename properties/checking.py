@@ -80,36 +80,43 @@ def assert_no_findings(made: Run, kinds: Collection[str], steps: Collection[Step
                 raise violation(made.case, step, finding, made.is_transformed)
 
 
-def expectations(made: Run, alarm_lambda: float | None = None) -> Iterator[Expected | None]:
-    """What the references say of each call in turn; None where it must overflow.
+def expectations(made: Run) -> Iterator[Expected | None]:
+    """What the references say of each call in turn; None where it must overflow."""
+    waiting: list[Answer | None] = []
+    for answer in answers_of(made):
+        waiting.append(answer)
+        if sum(answer.size for answer in waiting if answer is not None) > NUMBERS_TOGETHER:
+            yield from _with_budgets(made, waiting)
+            waiting = []
+    yield from _with_budgets(made, waiting)
 
-    Args:
-        made: what was run.
-        alarm_lambda: None for the gate, a number for the alarm; see ``references.error_bounds.budgets``.
-    """
+
+def answers_of(made: Run) -> Iterator[Answer | None]:
+    """The exact results of each call in turn; None where it must overflow."""
     case = made.case
     caches = [answers.reference_cache(made.problem.initial)]
-    waiting: list[_Answer | None] = []
     for step in made.steps:
         parent = caches[step.plan.parent]
         right = answers.results(case, step.plan, parent)
         if right is None:
             caches.append(parent)
-            waiting.append(None)
+            yield None
             continue
         with made.subject.forced(case):  # the tiles of the budget are those of the run
             rows = answers.attended(case, made.subject, step.plan, parent)
-        waiting.append(_Answer(right[0], right[1], rows))
         caches.append(right[2])
-        if sum(answer.size for answer in waiting if answer is not None) > NUMBERS_TOGETHER:
-            yield from _with_budgets(made, waiting, alarm_lambda)
-            waiting = []
-    yield from _with_budgets(made, waiting, alarm_lambda)
+        yield Answer(right[0], right[1], rows)
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What one call returns, and what the queries of each batch row attended to."""
+class Answer:
+    """What one call returns, and what the queries of each batch row attended to.
+
+    Attributes:
+        out: [batch, num_q_heads, q_len, head_dim]; zeros in padding queries.
+        lse: [batch, num_q_heads, q_len]; -inf in padding queries.
+        rows: real queries only.
+    """
 
     out: Float64Array
     lse: Float64Array
@@ -134,11 +141,11 @@ def expected_outputs(made: Run) -> list[tuple[Got, Expected]]:
     return pairs
 
 
-def _with_budgets(made: Run, waiting: list[_Answer | None], alarm_lambda: float | None) -> list[Expected | None]:
+def _with_budgets(made: Run, waiting: list[Answer | None]) -> list[Expected | None]:
     """Add the error budget of every row; padding queries are exact."""
     rows = [row for answer in waiting if answer is not None for row in answer.rows]
     case, model = made.case, made.subject.model(devices.current())
-    found = iter(budgets(rows, scale=case.softmax_scale, fmt=case.dtype, model=model, alarm_lambda=alarm_lambda))
+    found = iter(budgets(rows, scale=case.softmax_scale, fmt=case.dtype, model=model))
     expected: list[Expected | None] = []
     for answer in waiting:
         if answer is None:

@@ -15,7 +15,10 @@ from references.noise import NoisePool
 
 @dataclass
 class AlarmCount:
-    """Cases the alarm looked at: how many, how many raised it, and again on fresh data; the worst error over it."""
+    """Cases the alarm looked at: how many, how many raised it, and again on fresh data.
+
+    No error was above ``worst`` times the alarm; above 1 it is the largest one.
+    """
 
     judged: int = 0
     raised: int = 0

@@ -484,7 +484,7 @@ class Verification:
         alarm = self._total().alarm
         if alarm.judged:
             self.progress.say(
-                f"alarm: largest error {alarm.worst:.2f} x alarm in {alarm.judged} cases, raised in {alarm.raised}, "
+                f"alarm: no error above {alarm.worst:.2f} x alarm in {alarm.judged} cases, raised in {alarm.raised}, "
                 f"came back on fresh data in {alarm.came_back}"
             )
 

@@ -14,7 +14,7 @@ from references.rounding import Format
 from references.rounding_errors import Arithmetic
 from references.shares import Shares, Sums
 from references.softmax import LN_2, Sequences, Softmax, lifted_magnitude
-from references.tiling import Counts
+from references.tiling import Counts, Layout
 from references.weight_errors import Deviations, column, p_rounding
 
 Float64Array = NDArray[np.float64]
@@ -29,7 +29,7 @@ NOTICED = 2.0**-20
 _EXPONENT_FIELD = 0x7FF << 52
 
 
-def _half_ulp(magnitude: Float64Array, fmt: Format, arithmetic: Arithmetic, out: Float64Array) -> None:
+def half_ulp(magnitude: Float64Array, fmt: Format, arithmetic: Arithmetic, out: Float64Array) -> None:
     """(7) Largest error of rounding a finite value of at most this magnitude to the output format."""
     nearest = arithmetic.model.output_rounding == "nearest"
     # The power of two that a float64 begins with is its exponent field.
@@ -60,6 +60,7 @@ class Problem:
     """What the gate and the alarm have in common."""
 
     sequences: Sequences
+    tiles: list[Layout]
     exact: Softmax
     out: Float64Array  # exact
     size: Float64Array  # its magnitude
@@ -98,8 +99,7 @@ def out_terms(
     mass = 1 + share_sum
 
     # (5) What underflow can lose, before the division by the total of the weights.
-    operations = (2 * seen.keys + 4 * seen.tiles * seen.splits + 2) * arithmetic.floor
-    lost_sum = 2 * arithmetic.exp2_floor * seen.keys + operations
+    operations, lost_sum = arithmetic.lost_by_operations(seen), arithmetic.lost_sum(seen)
 
     def lost(factor: Float64Array) -> Float64Array:
         """Of the numerators, times a factor of the row."""
@@ -163,7 +163,7 @@ def out_terms(
     if fmt.precision < model.work.precision:
         before_division *= 1 + model.division_error
         before_division += arithmetic.floor
-        _half_ulp(before_division, fmt, arithmetic, terms[6])
+        half_ulp(before_division, fmt, arithmetic, terms[6])
         total += terms[6]
     else:
         terms[6] = 0.0
@@ -259,8 +259,7 @@ def lse_terms(
         p_error = np.log1p(np.broadcast_to(p_rounding(exact, arithmetic), exact.gap.shape)) / LN_2
         terms[1] = np.maximum(_log_mean_exp(exact, deviations.exponent + p_error) - logit, 0.0)
     terms[2] = -np.log1p(-np.minimum(deviations.row_sum, 0.5))
-    operations = 2 * seen.keys + 4 * seen.tiles * seen.splits + 2
-    terms[3] = 2 * (2 * arithmetic.exp2_floor * seen.keys + operations * arithmetic.floor)
+    terms[3] = 2 * arithmetic.lost_sum(seen)
     error = np.add.reduce(terms[:4])
     terms[4] = model.log2_error * (LN_2 + log_total + error)
     level = LN_2 * (np.abs(exact.peak) + deviations.reach) + log_total + error + terms[4]

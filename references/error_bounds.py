@@ -7,7 +7,6 @@ Everything is a bound, nothing is an estimate, and no higher-order part is dropp
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from references.overflow import non_finite, surely_finite
 from references.overflow import overflow_free as overflow_free
 from references.rounding import Format, as_format
 from references.rounding_errors import Arithmetic, arithmetic_of
-from references.shares import shares_of, sums_of, sums_of_alarm
-from references.softmax import Sequences, softmax_of
+from references.sequence import Sequence, batches, joined
+from references.shares import Shares, Sums, shares_of, sums_of, sums_of_alarm
+from references.softmax import softmax_of
 from references.tiling import Tiles, counts, layout
 from references.tiling import tiling as tiling
-from references.weight_errors import deviations_of, scores_of
+from references.weight_errors import Deviations, deviations_of, scores_of
 
 __all__ = [
     "LSE_TERMS", "ORACLE_SHARE", "TERMS", "Budget", "Sequence", "budget", "budgets", "overflow_free", "tiling",
@@ -38,9 +38,6 @@ BoolArray = NDArray[np.bool_]
 
 # The oracle's own error, as a share of the budget; tests/test_reference_trust.py asserts that it is.
 ORACLE_SHARE = 2.0**-20
-
-# Elements of the arrays [rows, kv_len] of sequences that are worked on together.
-TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,31 +82,6 @@ class Budget:
         return dict(zip(LSE_TERMS, self.lse_by_term, strict=True))
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """What one sequence attends to.
-
-    Attributes:
-        query: [num_q_heads, q_len, head_dim], values of the input format.
-        key: [num_kv_heads, kv_len, head_dim]
-        value: [num_kv_heads, kv_len, head_dim]
-        visible: [q_len, kv_len], which keys a query sees.
-        tiles: the order in which the kernel visits the keys, see ``tiling``.
-    """
-
-    query: Float64Array
-    key: Float64Array
-    value: Float64Array
-    visible: BoolArray
-    tiles: Tiles
-
-    def __post_init__(self) -> None:
-        """Refuse a mask of another shape."""
-        expected = (self.query.shape[1], self.key.shape[1])
-        if self.visible.shape != expected:
-            raise ValueError(f"visible must have the shape {expected}, got {self.visible.shape}")
-
-
 def budget(
     query: Float64Array,
     key: Float64Array,
@@ -151,57 +123,12 @@ def budgets(
     Returns:
         Budgets and their terms. A query that sees no key has budget 0: its results are exact.
     """
-    fmt = as_format(fmt)
-    found: dict[int, Budget] = {}
-    waiting: list[tuple[int, Sequence]] = []
-    rows = longest = 0
-
-    def work() -> None:
-        if waiting:
-            together = [sequence for _, sequence in waiting]
-            for (index, _), result in zip(waiting, _budgets(together, scale, fmt, model, alarm_lambda), strict=True):
-                found[index] = result
-            waiting.clear()
-
-    for index, sequence in enumerate(sequences):
-        num_q_heads, q_len, _ = sequence.query.shape
-        kv_len = sequence.key.shape[1]
-        if q_len == 0 or kv_len == 0:
-            found[index] = _nothing((num_q_heads, q_len), sequence.value.shape[-1])
-            continue
-        if waiting and (rows + num_q_heads * q_len) * max(longest, kv_len) > TOGETHER:
-            work()
-        if not waiting:
-            rows = longest = 0
-        waiting.append((index, sequence))
-        rows, longest = rows + num_q_heads * q_len, max(longest, kv_len)
-    work()
-    return [found[index] for index in sorted(found)]
-
-
-def _sequences(several: list[Sequence]) -> Sequences:
-    """Several sequences with the same heads and head_dim as one array each."""
-    num_q_heads, _, head_dim = several[0].query.shape
-    num_kv_heads = several[0].key.shape[0]
-    group_size = num_q_heads // num_kv_heads
-    queries = [one.query.reshape(num_kv_heads, -1, head_dim) for one in several]
-    return Sequences(
-        query=_joined(queries),
-        key=_joined([one.key for one in several]),
-        value=_joined([one.value for one in several]),
-        rows=_spans(queries),
-        keys=_spans([one.key for one in several]),
-        visible=[one.visible if group_size == 1 else np.tile(one.visible, (group_size, 1)) for one in several],
-    )
-
-
-def _joined(arrays: list[Float64Array]) -> Float64Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
-
-
-def _spans(arrays: list[Float64Array]) -> list[slice]:
-    ends = list(itertools.accumulate(x.shape[1] for x in arrays))
-    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    fmt, several = as_format(fmt), list(sequences)
+    found = {place: _nothing(one) for place, one in enumerate(several) if not one.has_pairs}
+    for places in batches(several):
+        together = [several[place] for place in places]
+        found |= zip(places, _budgets(together, scale, fmt, model, alarm_lambda), strict=True)
+    return [found[place] for place in range(len(several))]
 
 
 def _budgets(
@@ -225,12 +152,31 @@ def _budgets(
     ]
 
 
-def _of_finite(
-    several: list[Sequence], scale: float, fmt: Format, model: ArithmeticModel, alarm_lambda: float | None
-) -> list[Budget] | None:
-    """The budgets of finite inputs; None: an input is not finite."""
-    together = _sequences(several)
-    arithmetic = arithmetic_of(model, fmt, together.query.shape[-1])
+@dataclass(frozen=True)
+class Gate:
+    """The gate of finite inputs without the oracle's share, and what it is made of.
+
+    Attributes:
+        share_sum: [num_kv_heads, rows] sums of w phi.
+        out, lse: terms and their total, see ``out_terms`` and ``lse_terms``.
+        largest_score: of sums of magnitudes.
+        largest_sum: of magnitudes of the values of a sequence.
+    """
+
+    problem: Problem
+    deviations: Deviations
+    shares: Shares
+    sums: Sums
+    share_sum: Float64Array
+    out: tuple[Float64Array, Float64Array]
+    lse: tuple[Float64Array, Float64Array]
+    largest_score: float
+    largest_sum: float
+
+
+def gate_of(several: list[Sequence], scale: float, arithmetic: Arithmetic) -> Gate | None:
+    """The gate of finite inputs; None: an input is not finite."""
+    together = joined(several)
     logit, sizes = scores_of(together, scale, arithmetic)
     largest_score = float(sizes.of_products.max())
     if not math.isfinite(largest_score):
@@ -238,35 +184,56 @@ def _of_finite(
     exact = softmax_of(together, logit)
     tiles = [layout(one.tiles, one.key.shape[1]) for one in several]
     seen = counts(together.visible, tiles, arithmetic.products_per_step if arithmetic.fused else 1)
-    of_gate = sizes if alarm_lambda is None else sizes.copy()
-    deviations = deviations_of(together, exact, of_gate, scale, arithmetic, seen, tiles)
+    deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
     shares = shares_of(exact, deviations, arithmetic)
     sums = sums_of(together, exact, shares, arithmetic)
     largest_sum = float(sums.all_values.max())
     if not math.isfinite(largest_sum):
         return None
     out = sums.weighted / exact.total[..., None]
-    problem = Problem(together, exact, out, np.abs(out), Centred(together, out), seen)
-    terms, total, share_sum = out_terms(problem, deviations, shares, sums, arithmetic)
-    of_lse, lse_total = lse_terms(problem, deviations, share_sum, arithmetic)
-    if alarm_lambda is not None:
-        arithmetic = arithmetic_of(model, fmt, arithmetic.head_dim, alarm_lambda)
-        deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
-        gate = shares, sums
-        shares = shares_of(exact, deviations, arithmetic, shares)
-        likely = Likely(independent_of(exact, deviations), Alike(together, exact))
-        sums = sums_of_alarm(together, exact, shares, likely.independent, arithmetic, gate)
-        *of_out, share_sum = out_terms(problem, deviations, shares, sums, arithmetic, likely)
-        _take_smaller(terms, total, *of_out)
-        _take_smaller(of_lse, lse_total, *lse_terms(problem, deviations, share_sum, arithmetic, likely))
+    problem = Problem(together, tiles, exact, out, np.abs(out), Centred(together, out), seen)
+    *of_out, share_sum = out_terms(problem, deviations, shares, sums, arithmetic)
+    of_lse = lse_terms(problem, deviations, share_sum, arithmetic)
+    return Gate(
+        problem, deviations, shares, sums, share_sum, (of_out[0], of_out[1]), of_lse, largest_score, largest_sum
+    )
 
+
+def _lower_to_alarm(gate: Gate, scale: float, arithmetic: Arithmetic) -> None:
+    """Take the terms of the alarm, whose arithmetic it is, where they are less than those of the gate."""
+    problem = gate.problem
+    together, exact, seen = problem.sequences, problem.exact, problem.seen
+    _, sizes = scores_of(together, scale, arithmetic)
+    deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, problem.tiles)
+    shares = shares_of(exact, deviations, arithmetic, gate.shares)
+    likely = Likely(independent_of(exact, deviations), Alike(together, exact))
+    sums = sums_of_alarm(together, exact, shares, likely.independent, arithmetic, (gate.shares, gate.sums))
+    *of_out, share_sum = out_terms(problem, deviations, shares, sums, arithmetic, likely)
+    _take_smaller(*gate.out, *of_out)
+    _take_smaller(*gate.lse, *lse_terms(problem, deviations, share_sum, arithmetic, likely))
+
+
+def _of_finite(
+    several: list[Sequence], scale: float, fmt: Format, model: ArithmeticModel, alarm_lambda: float | None
+) -> list[Budget] | None:
+    """The budgets of finite inputs; None: an input is not finite."""
+    head_dim = several[0].query.shape[-1]
+    arithmetic = arithmetic_of(model, fmt, head_dim)
+    gate = gate_of(several, scale, arithmetic)
+    if gate is None:
+        return None
+    if alarm_lambda is not None:
+        _lower_to_alarm(gate, scale, arithmetic_of(model, fmt, head_dim, alarm_lambda))
+    together, exact = gate.problem.sequences, gate.problem.exact
+    (terms, total), (of_lse, lse_total) = gate.out, gate.lse
     for parts, sum_of_parts in ((terms, total), (of_lse, lse_total)):
         np.multiply(sum_of_parts, ORACLE_SHARE, out=parts[-1])
         sum_of_parts += parts[-1]
         if exact.blind is not None:
             parts[:, :, exact.blind] = 0.0
             sum_of_parts[:, exact.blind] = 0.0
-    finite = surely_finite(largest_score, largest_sum, largest_sum, together.kv_len, scale, arithmetic)
+    sizes = gate.largest_score, gate.largest_sum, gate.largest_sum
+    finite = surely_finite(*sizes, together.kv_len, scale, arithmetic)
     found = []
     for one, rows in zip(several, together.rows, strict=True):
         shape = one.query.shape[:2]
@@ -303,8 +270,9 @@ def _largest(one: Sequence, arithmetic: Arithmetic) -> tuple[float, float, float
     return arithmetic.head_dim * max(query, lifted) * max(key, lifted), one.key.shape[1] * value, value
 
 
-def _nothing(shape: tuple[int, int], head_dim: int) -> Budget:
+def _nothing(one: Sequence) -> Budget:
     """The budget of queries that see no key."""
+    shape, head_dim = one.query.shape[:2], one.value.shape[-1]
     parts, lse_parts = np.zeros((len(TERMS), *shape, head_dim)), np.zeros((len(LSE_TERMS), *shape))
     return Budget(parts[0], lse_parts[0], np.ones(shape, np.bool_), parts, lse_parts)
 

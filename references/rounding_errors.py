@@ -151,6 +151,14 @@ class Arithmetic:
         """Error of rescaling the accumulator or the row sum, and of adding up the splits."""
         return self.gamma(way.rescales + way.merge_rescales + seen.merge_additions)
 
+    def lost_by_operations(self, seen: Counts) -> Error:
+        """(5) What products, additions and rescalings that underflow can lose of a numerator or of the row sum."""
+        return (2 * seen.keys + 4 * seen.tiles * seen.splits + 2) * self.floor
+
+    def lost_sum(self, seen: Counts) -> Error:
+        """(5) What underflow can lose of the row sum, exponentials included."""
+        return 2 * self.exp2_floor * seen.keys + self.lost_by_operations(seen)
+
     @cached_property
     def partial(self) -> float:
         """(8) Relative error of a stored, normalised partial output."""

@@ -34,6 +34,7 @@ class Deviations:
     slope: Float64Array
     wide: BoolArray | None  # the rows with exponents above LINEAR_UP_TO, where linear is phi; None: there is none
     shared: Float64Array | None  # [num_kv_heads, rows, kv_len] part of phi that is one function of the gap; the alarm's
+    exponentials: Error  # at most of those of a key, in octaves
     shift: Float64Array  # error that all logits have in common, in octaves
     reach: Float64Array  # how far the computed maximum may be off, in octaves
     rescaling: Error  # of the accumulator and of the row sum, [..., rows]
@@ -136,18 +137,21 @@ def deviations_of(
     tau_max += constant
     of_rows = u * (3 if model.contraction else 1) * tau_max
     each = -math.log1p(-model.exp2_error) / LN_2
+    most: Error
     of_rows += constant
     shared: Float64Array | None = None
     if arithmetic.confidence is not None:
         shared = np.multiply(exact.gap, -theta, out=room)
     if isinstance(way.exps, int):
-        largest = tau_max + of_rows + each * way.exps
-        exponent += column(of_rows + each * way.exps)
+        most = each * way.exps
+        largest = tau_max + of_rows + most
+        exponent += column(of_rows + most)
         if shared is not None:
-            shared += each * way.exps
+            shared += most
     else:
         exponentials = np.multiply(way.exps, each)  # [tiles of a split, splits, heads, rows]
-        largest = tau_max + of_rows + np.maximum.reduce(exponentials, axis=(0, 1))
+        most = np.maximum.reduce(exponentials, axis=(0, 1))
+        largest = tau_max + of_rows + most
         if shared is not None:
             add_to_keys(shared, exponentials, sequences.rows, tiles)
         exponentials += of_rows
@@ -171,7 +175,9 @@ def deviations_of(
         np.expm1(shared, out=shared)
     shift = theta * np.abs(exact.peak)
     of_wide = wide if linear is not exponent else None
-    return Deviations(exponent, largest, linear, slope, of_wide, shared, shift, shift + tau_max, rescaling, row_sum)
+    return Deviations(
+        exponent, largest, linear, slope, of_wide, shared, most, shift, shift + tau_max, rescaling, row_sum
+    )
 
 
 def _stored_lse(

@@ -1,40 +1,48 @@
 """What the error budget costs beside the oracle: CPU time of both on the same calls.
 
-    python -m properties.numerics.cost [--cases 120] [--seed 0] [--repeats 9] [--alarm]
+    python -m properties.numerics.cost [--cases 120] [--seed 0] [--repeats 9]
 
-The calls are those of cases drawn as ``verify`` draws them, and a few larger ones. These are timed: the
-softmax of the oracle (``references.attention``, its explicit loops and nothing else), the oracle as the laws run it
-(``references.kv_cache.step``, which also decodes bit patterns and appends slot by slot), and the budgets of out and
-lse with their overflow classes, of all calls of a case at once as the laws ask for them; for the larger calls also
-the products of keys and values that the gate cannot do without, and nothing else. A case is timed again and
-again, everything in turn, and the least of each counts, so that other work on the machine matters little.
+The calls are those of cases drawn as ``verify`` draws them, of cases drawn for the law of the alarm, and a few larger
+ones. These are timed: the softmax of the oracle (``references.attention``, its explicit loops and nothing else), the
+oracle as the laws run it (``references.kv_cache.step``, which also decodes bit patterns and appends slot by slot),
+the budgets of out and lse with their overflow classes, of all calls of a case at once as the laws ask for them, and
+whether the errors of a simulated kernel raise the alarm, which begins with the gate; for the larger calls also the
+products of keys and values that the gate cannot do without, and nothing else. A case is timed again and again,
+everything in turn, and the least of each counts, so that other work on the machine matters little.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
 
 from properties import answers
 from properties.case import Case
 from properties.schedule import PlannedStep, problem
 from properties.strategies import cases
+from properties.strategies.noise import Dtype, noise_cases
 from properties.subjects import Subject, activate
+from references.alarm_use import Errors, largest_over_alarm
 from references.arithmetic_model import INTERPRETER
 from references.attention import attention, visible_keys
 from references.error_bounds import Sequence, budgets
 from references.kv_cache import ReferenceCache
 from references.rounding import round_to
+from references.simulator import simulate
 from references.softmax import NUMBERS_AT_ONCE
 from references.tiling import tiling
 
 ALARM_LAMBDA = 6.0
+ALARM_DTYPES: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,37 @@ class Work:
         """The gate of every sequence."""
         budgets(self.sequences, scale=self.scale, fmt=self.fmt, model=INTERPRETER)
 
-    def alarms(self) -> None:
-        """Gate and alarm of every sequence."""
-        budgets(self.sequences, scale=self.scale, fmt=self.fmt, model=INTERPRETER, alarm_lambda=ALARM_LAMBDA)
+    def alarm(self) -> None:
+        """Whether the errors raise the alarm."""
+        largest_over_alarm(
+            self.sequences,
+            self.errors,
+            scale=self.scale,
+            fmt=self.fmt,
+            model=INTERPRETER,
+            alarm_lambda=ALARM_LAMBDA,
+        )
+
+    @cached_property
+    def errors(self) -> list[Errors]:
+        """How far a simulated kernel with the interpreter's arithmetic is from the exact results."""
+        found = []
+        for one in self.sequences:
+            if not one.has_pairs:
+                found.append(Errors(np.zeros(one.query.shape), np.zeros(one.query.shape[:2])))
+                continue
+            inputs, scale = (one.query, one.key, one.value), self.scale
+            right = attention(*inputs, is_causal=self.is_causal, scale=scale)
+            got = simulate(*inputs, one.visible, scale=scale, fmt=self.fmt, model=INTERPRETER, tiles=one.tiles)
+            pairs = zip(got, right, strict=True)
+            with np.errstate(invalid="ignore"):
+                off = [np.where(ours == exact, 0.0, np.abs(ours - exact)) for ours, exact in pairs]
+            found.append(Errors(*(np.where(np.isnan(error), np.inf, error) for error in off)))
+        return found
 
 
-def drawn(count: int, seed_of_run: int) -> list[Case]:
-    """As many cases as asked for."""
+def drawn(count: int, seed_of_run: int, strategy: SearchStrategy[Case] | None = None) -> list[Case]:
+    """As many cases as asked for; of the strategy of ``verify`` if none is given."""
     found: list[Case] = []
     options = settings(
         max_examples=count,
@@ -92,7 +124,7 @@ def drawn(count: int, seed_of_run: int) -> list[Case]:
 
     @seed(seed_of_run)
     @options
-    @given(case=cases())
+    @given(case=cases() if strategy is None else strategy)
     def collect(case: Case) -> None:
         found.append(case)
 
@@ -141,22 +173,28 @@ def larger(name: str) -> Work:
     return Work([one], True, head_dim**-0.5, "float16", None)
 
 
-def timed(works: list[Work], repeats: int, with_alarm: bool) -> tuple[float, float, float, float]:
-    """CPU milliseconds of the softmax, of the whole oracle, of the budgets and of their products (0 if of cases)."""
-    totals = np.zeros(4)
+def timed(works: list[Work], repeats: int) -> dict[str, float]:
+    """CPU milliseconds of each function; the products are of the larger calls only."""
+    totals = dict.fromkeys(("softmax", "oracle", "budgets", "alarm", "products"), 0.0)
     for work in works:
-        functions = [work.oracle, work.whole or work.oracle, work.alarms if with_alarm else work.budgets]
+        assert len(work.errors) == len(work.sequences)  # before the clock starts
+        functions: dict[str, Callable[[], object]] = {
+            "softmax": work.oracle,
+            "oracle": work.whole or work.oracle,
+            "budgets": work.budgets,
+            "alarm": work.alarm,
+        }
         if work.whole is None:
-            functions.append(work.products)
-        least = np.full(4, np.inf)
+            functions["products"] = work.products
+        least = dict.fromkeys(functions, math.inf)
         for _ in range(repeats):
-            for place, function in enumerate(functions):
+            for name, function in functions.items():
                 began = time.process_time()
                 function()
-                least[place] = min(least[place], time.process_time() - began)
-        totals += np.where(np.isfinite(least), least, 0.0)
-    softmax, whole, budget, products = 1e3 * totals
-    return float(softmax), float(whole), float(budget), float(products)
+                least[name] = min(least[name], time.process_time() - began)
+        for name, seconds in least.items():
+            totals[name] += 1e3 * seconds
+    return totals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,21 +203,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--alarm", action="store_true", help="the alarm as well as the gate")
     arguments = parser.parse_args(argv)
     subject = activate("flashcore")
-    several = [work_of(case, subject) for case in drawn(arguments.cases, arguments.seed)]
-    calls = sum(len(work.sequences) for work in several)
-    sets = {f"{len(several)} drawn cases, {calls} sequences": several} | {name: [larger(name)] for name in LARGER}
+    sets: dict[str, list[Work]] = {}
+    for kind, strategy in (("drawn cases", cases()), ("cases of the law of the alarm", noise_cases(ALARM_DTYPES))):
+        several = [work_of(case, subject) for case in drawn(arguments.cases, arguments.seed, strategy)]
+        sets[f"{len(several)} {kind}, {sum(len(work.sequences) for work in several)} sequences"] = several
+    sets |= {name: [larger(name)] for name in LARGER}
     print(
-        "| CPU time | softmax of the oracle | the oracle | budgets | products | budgets / softmax | budgets / oracle |"
+        "| CPU time | softmax of the oracle | the oracle | budgets | alarm | products | budgets / softmax "
+        "| budgets / oracle | alarm / oracle |"
     )
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name, works in sets.items():
-        softmax, whole, budget, products = timed(works, arguments.repeats, arguments.alarm)
-        ratios = f"{budget / softmax:.2f} | {budget / whole:.2f}"
-        its_products = f"{products:.1f} ms" if products else "-"
-        print(f"| {name} | {softmax:.1f} ms | {whole:.1f} ms | {budget:.1f} ms | {its_products} | {ratios} |")
+        taken = timed(works, arguments.repeats)
+        cells = [f"{taken[key]:.1f} ms" for key in ("softmax", "oracle", "budgets", "alarm")]
+        cells.append(f"{taken['products']:.1f} ms" if taken["products"] else "-")
+        pairs = ("budgets", "softmax"), ("budgets", "oracle"), ("alarm", "oracle")
+        cells += [f"{taken[ours] / taken[theirs]:.2f}" for ours, theirs in pairs]
+        print(f"| {name} | {' | '.join(cells)} |")
     return 0
 
 
