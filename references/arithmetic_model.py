@@ -51,8 +51,8 @@ class ArithmeticModel:
         merge: how splits are combined. "max": unnormalised (acc, m, l) partials rescaled to the common
             maximum, in order or at once. "grouped": the same in groups of ``tiling.MERGE_GROUP`` splits, then the
             groups, as flashcore's kernels do. "lse": normalised partial outputs weighted by their stored
-            log-sum-exp.
-        partial_format: format of the stored partial outputs.
+            log-sum-exp. "lse twice": so in groups of any splits, then the groups.
+        partial_format: format of the stored partial outputs; None: the input format.
     """
 
     name: str
@@ -75,14 +75,14 @@ class ArithmeticModel:
     p_rounding: Mode = "nearest"
     row_sum_from_p: bool = False
     output_rounding: Mode = "nearest"
-    merge: Literal["max", "grouped", "lse"] = "max"
-    partial_format: str = "float32"
+    merge: Literal["max", "grouped", "lse", "lse twice"] = "max"
+    partial_format: str | None = "float32"
 
     def __post_init__(self) -> None:
         """Refuse what no derivation covers."""
         for field in ("work_format", "partial_format", "p_format"):
             name = getattr(self, field)
-            if name not in FORMATS and not (field == "p_format" and name is None):
+            if name not in FORMATS and not (field in _OPTIONAL and name is None):
                 raise ValueError(f"{field} must be one of {', '.join(FORMATS)}, got {name!r}")
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
@@ -101,6 +101,15 @@ class ArithmeticModel:
     def format_of_p(self, fmt: Format | str) -> Format:
         """The format of P for inputs in ``fmt``."""
         return as_format(self.p_format or fmt)
+
+    def format_of_partials(self, fmt: Format | str) -> Format:
+        """The format of stored partial outputs for inputs in ``fmt``."""
+        return as_format(self.partial_format or fmt)
+
+    @property
+    def stores_of_lse(self) -> int:
+        """How often a normalised partial output and its log-sum-exp are stored and merged."""
+        return {"lse": 1, "lse twice": 2}.get(self.merge, 0)
 
     def fused_step_error(self) -> float:
         """Error of one fused step relative to the sum of the magnitudes it adds up.
@@ -131,7 +140,7 @@ class ArithmeticModel:
             kind = _TYPES.get(str(fields[name].type), str)
             if kind is float and isinstance(value, str):
                 value = float.fromhex(value)
-            if type(value) is not kind and not (name == "p_format" and value is None):
+            if type(value) is not kind and not (name in _OPTIONAL and value is None):
                 raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
             values[name] = value
         return ArithmeticModel(**values)
@@ -139,11 +148,13 @@ class ArithmeticModel:
 
 _TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float}
 
+_OPTIONAL = ("p_format", "partial_format")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "accumulator": ("ieee", "fused"),
     "p_rounding": ("nearest", "toward_zero"),
     "output_rounding": ("nearest", "toward_zero"),
-    "merge": ("max", "grouped", "lse"),
+    "merge": ("max", "grouped", "lse", "lse twice"),
 }
 
 INTERPRETER = ArithmeticModel(

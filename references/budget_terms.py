@@ -92,8 +92,9 @@ def out_terms(
     exact, seen, size = problem.exact, problem.seen, problem.size
 
     g = arithmetic.accumulation(seen, deviations.rescaling)
+    several = np.asarray(seen.splits) > 1
     if arithmetic.partial:
-        g = (1 + g) * (1 + np.where(np.asarray(seen.splits) > 1, arithmetic.partial, 0.0)) - 1
+        g = (1 + g) * (1 + np.where(several, arithmetic.partial, 0.0)) - 1
     lam, p_error = deviations.row_sum, shares.p_error
     share_sum = shares.total * shares.part
     mass = 1 + share_sum
@@ -157,6 +158,8 @@ def out_terms(
     before_division = total + terms[4]
     before_division += size
     terms[4] += arithmetic.floor
+    if arithmetic.partial_floor:
+        terms[4] += column(np.where(several, arithmetic.partial_floor, 0.0) * (1 + g) / (1 - np.minimum(lam, 0.5)))
     total += terms[4]
     np.multiply(before_division, model.division_error, out=terms[5])
     total += terms[5]

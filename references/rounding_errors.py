@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from references.arithmetic_model import ArithmeticModel
-from references.rounding import Format, as_format
+from references.rounding import Format
 from references.tiling import Count, Counts, Path
 
 Float64Array = NDArray[np.float64]
@@ -161,12 +161,24 @@ class Arithmetic:
 
     @cached_property
     def partial(self) -> float:
-        """(8) Relative error of a stored, normalised partial output."""
-        if self.model.merge != "lse":
-            return 0.0
-        stored = as_format(self.model.partial_format)
-        rounding = stored.unit_roundoff() if stored.precision < self.model.work.precision else 0.0
-        return (1 + self.model.division_error) * (1 + rounding) - 1
+        """(8) Relative error of a normalised partial output each time it is stored."""
+        rounding = self.partial_format.unit_roundoff() if self.narrows_partials else 0.0
+        return ((1 + self.model.division_error) * (1 + rounding)) ** self.model.stores_of_lse - 1
+
+    @cached_property
+    def partial_floor(self) -> float:
+        """(8) What the subnormal numbers of a narrower format add to it."""
+        return self.model.stores_of_lse * self.partial_format.underflow_error() if self.narrows_partials else 0.0
+
+    @cached_property
+    def partial_format(self) -> Format:
+        """The format of stored partial outputs."""
+        return self.model.format_of_partials(self.fmt)
+
+    @cached_property
+    def narrows_partials(self) -> bool:
+        """Whether they are rounded when they are stored."""
+        return self.partial_format.precision < self.model.work.precision
 
 
 @lru_cache(maxsize=256)

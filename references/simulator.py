@@ -55,6 +55,8 @@ LOG2E = math.log2(math.e)
 FLOAT32_LN2 = np.float32(math.log(2.0))
 # A float16 accumulator is rounded once a fused step of this many products, as HMMA does.
 FP16_STEP = 16
+# Groups of a merge by "lse twice"; each takes every second split.
+STRIDED_GROUPS = 2
 # Keys per block of the score product: bounds the memory of the simulated tensor core.
 SCORE_BLOCK = 2048
 
@@ -210,20 +212,24 @@ class _Arithmetic:
         return state
 
     def _merge(self, states: list[_State]) -> _State:
-        partial = BFLOAT16 if self.fault == "partials_bf16" else as_format(self.model.partial_format)
-        if self.model.merge == "lse":
-            states = [
-                _State(
-                    np.where(s.l_i[:, None] > 0, self._divide(s.acc, s.l_i[:, None]), np.float32(0)),
-                    np.where(s.l_i > 0, s.m_i + self._log2(s.l_i), np.float32(-np.inf)),
-                    (s.l_i > 0).astype(np.float32),
-                )
-                for s in states
-            ]
+        partial = BFLOAT16 if self.fault == "partials_bf16" else self.model.format_of_partials(self.fmt)
+        if self.model.stores_of_lse:
+            states = [self._stored(state) for state in states]
+        if self.model.merge == "lse twice":
+            groups = [states[i::STRIDED_GROUPS] for i in range(min(len(states), STRIDED_GROUPS))]
+            states = [self._stored(self._sum(group, partial)) for group in groups]
         if self.model.merge == "grouped" and len(states) > MERGE_GROUP:
             groups = [states[i : i + MERGE_GROUP] for i in range(0, len(states), MERGE_GROUP)]
             return self._sum([self._sum(group, partial) for group in groups], as_format(self.model.work_format))
         return self._sum(states, partial)
+
+    def _stored(self, s: _State) -> _State:
+        """Normalised, with its log-sum-exp for a maximum."""
+        return _State(
+            np.where(s.l_i[:, None] > 0, self._divide(s.acc, s.l_i[:, None]), np.float32(0)),
+            np.where(s.l_i > 0, s.m_i + self._log2(s.l_i), np.float32(-np.inf)),
+            (s.l_i > 0).astype(np.float32),
+        )
 
     def _sum(self, states: list[_State], partial: Format) -> _State:
         m = np.maximum.reduce([s.m_i for s in states])

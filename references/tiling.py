@@ -232,14 +232,15 @@ def highest(several: list[Float64Array], rows: list[slice], tiles: list[Layout])
     return of_tiles
 
 
-def path(upper: Float64Array, lower: Float64Array, splits: Count, *, grouped: bool = False) -> Path:
+def path(upper: Float64Array, lower: Float64Array, splits: Count, *, merge: str = "max") -> Path:
     """Count along the way of the keys of every row.
 
     Args:
         upper, lower: [tiles of a split, splits, heads, rows] bounds of the largest computed logit in base 2 of each
             tile, apart from a factor common to the row; -inf where all its keys are hidden.
         splits: with a visible key, see ``Counts``.
-        grouped: splits are merged in groups of ``MERGE_GROUP``, then the groups.
+        merge: as in ``ArithmeticModel``: "grouped" is in groups of ``MERGE_GROUP``, then the groups; of "lse twice" the
+            groups are not known, so that each other split, or the group that it is in, may raise the maximum once.
     """
     records = _records(upper, lower)
     exps = (1 + records[-1]) - records
@@ -248,7 +249,10 @@ def path(upper: Float64Array, lower: Float64Array, splits: Count, *, grouped: bo
     num_splits = upper.shape[1]
     if num_splits > 1:
         upper, lower = upper.max(axis=0), lower.max(axis=0)  # [splits, heads, rows]
-        if grouped and num_splits > MERGE_GROUP:
+        if merge == "lse twice":
+            merge_rescales = np.where(np.asarray(splits) > 1, 1 + np.asarray(splits), 0)
+            exps += merge_rescales
+        elif merge == "grouped" and num_splits > MERGE_GROUP:
             # [splits of a group, groups, heads, rows]
             upper, lower = (_in_groups(of_splits) for of_splits in (upper, lower))
             merge_exps, merge_rescales = _merging(upper, lower, (upper > -np.inf).sum(axis=0))

@@ -127,7 +127,7 @@ def deviations_of(
         # A constant that may have been flushed says nothing about the order of the logits.
         off += constant
         off *= 1 / (1 - theta) if theta < 0.5 else 1e300
-        way = path(top + off, top - off, seen.splits, grouped=model.merge == "grouped")
+        way = path(top + off, top - off, seen.splits, merge=model.merge)
     rescaling = arithmetic.rescaling(seen, way)
     row_sum = arithmetic.row_sum(seen, rescaling)
 
@@ -156,7 +156,7 @@ def deviations_of(
             add_to_keys(shared, exponentials, sequences.rows, tiles)
         exponentials += of_rows
         add_to_keys(exponent, exponentials, sequences.rows, tiles)
-    if model.merge == "lse":
+    if model.stores_of_lse:
         stored = _stored_lse(exact, column(tau_max), arithmetic, seen, row_sum)
         exponent += stored
         largest = np.maximum.reduce(exponent, axis=-1)
@@ -189,6 +189,7 @@ def _stored_lse(
     level = np.maximum(np.abs(exact.logit), np.abs(exact.peak)[..., None]) + spread + tau_max + 1
     octaves = 3 * u * level + u * (spread + tau_max - exact.gap) + model.log2_error * (1 + spread)
     octaves -= np.log1p(-np.minimum(column(row_sum), 0.5)) / LN_2
+    octaves *= model.stores_of_lse
     hidden = column(seen.splits) <= 1 if exact.hidden is None else exact.hidden | (column(seen.splits) <= 1)
     return np.where(hidden, 0.0, octaves)
 

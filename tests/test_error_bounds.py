@@ -347,6 +347,8 @@ def test_the_alarm_is_much_sharper_than_the_gate_at_length() -> None:
         {"contraction": True},
         {"merge": "lse"},
         {"merge": "lse", "partial_format": "bfloat16"},
+        {"merge": "lse twice"},
+        {"merge": "lse twice", "partial_format": None},
         {"scale_into_query": True},
     ],
     ids=str,
@@ -600,6 +602,8 @@ def test_impossible_tilings_are_refused() -> None:
 @pytest.mark.parametrize("model", [INTERPRETER, AMPERE, HOPPER, BLACKWELL, PERMISSIVE, REFERENCE], ids=lambda m: m.name)
 def test_a_model_survives_its_json(model: ArithmeticModel) -> None:
     assert ArithmeticModel.from_json(model.to_json()) == model
+    of_input = dataclasses.replace(model, partial_format=None)
+    assert ArithmeticModel.from_json(of_input.to_json()) == of_input
     assert model.provenance
 
 
@@ -615,6 +619,7 @@ def test_a_model_survives_its_json(model: ArithmeticModel) -> None:
         ('"tf32": false', '"tf64": false'),
         ('"exp2_error": "', '"exp2_error": "-'),
         ('"p_format": null', '"p_format": 3'),
+        ('"partial_format": "float32"', '"partial_format": 3'),
     ],
 )
 def test_a_model_file_that_is_not_one_is_refused(old: str, new: str) -> None:

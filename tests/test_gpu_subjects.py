@@ -28,6 +28,7 @@ from properties.subjects.flex_attention import FlexCompiled, FlexCompiledCpu, Fl
 from properties.subjects.torch_sdpa import Cudnn, FlashCuda
 from properties.subjects.torch_varlen import Varlen
 from properties.subjects.xformers_splitk import SplitK
+from references.arithmetic_model import PERMISSIVE
 from tests.command_line import properties
 
 ON_A_GPU_ALONE = [name for name in subjects.ADAPTERS if subjects.find(name).capabilities.devices == ("cuda",)]
@@ -292,6 +293,31 @@ def test_a_row_sum_of_rounded_weights_is_the_arithmetic_of_flashinfer(monkeypatc
     assert 0 < check(case, as_subject(FlashInfer(), "flashinfer")).lse < 1
     monkeypatch.setattr(FlashInfer, "model", Adapter.model)
     with pytest.raises(LawViolation, match="lse exceeds its error budget"):
+        check(case, as_subject(FlashInfer(), "flashinfer"))
+
+
+def attend_in_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool, attend: Any = attend
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``attend``; parts of 128 keys, whose outputs are rounded as the result is."""
+    parts = zip(torch.split(key, 128), torch.split(value, 128), strict=True)
+    outs, sums = zip(*(attend(query, k, v, scale, is_causal) for k, v in parts), strict=True)
+    shares = torch.stack(sums).softmax(0)[..., None]
+    return (torch.stack(outs).float() * shares).sum(0).to(query.dtype), torch.stack(sums).logsumexp(0)
+
+
+@pytest.mark.usefixtures("foreign")
+def test_parts_in_the_format_of_the_output_are_the_arithmetic_of_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest row that it splits; in the format of the work they would break the budget, as on an H100."""
+    monkeypatch.setattr("tests.test_gpu_subjects.attend", attend_in_parts)
+    case = Case(
+        (Row(128, (1,)),), (Step(),), head_dim=64, dtype="float16", start="tuple", capacity=129, values="large_values"
+    )
+
+    assert 0 < check(case, as_subject(FlashInfer(), "flashinfer")).out < 1
+    whole = replace(PERMISSIVE, row_sum_from_p=True)
+    monkeypatch.setattr(FlashInfer, "model", lambda *_: whole)
+    with pytest.raises(LawViolation, match=r"3 of 64 elements\n.*d=3]: expected -0x1.6ac53ep\+15, got -0x1.6bp\+15"):
         check(case, as_subject(FlashInfer(), "flashinfer"))
 
 

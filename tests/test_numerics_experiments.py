@@ -15,10 +15,14 @@ from properties.numerics.precision_faults import clean_run, simulated
 from properties.numerics.report import publish
 from properties.numerics.validate import FORMATS, MODELS, Experiment, main, measure, plan, utilisation
 from references.arithmetic_model import BLACKWELL, HOPPER, INTERPRETER, PERMISSIVE, ArithmeticModel
+from references.error_bounds import budget, tiling
 from references.noise import BASELINES, NoisePool, baseline_chi, predicted_sigma
 from references.simulator import FAULTS, Fault, simulate
 
 NARROW = [fault for fault in FAULTS if fault != "tf32"]
+NARROW_PARTIALS = dataclasses.replace(
+    INTERPRETER, name="partials as inputs, merged twice", merge="lse twice", partial_format=None, row_sum_from_p=True
+)
 # Where each fault shows with little data; the full table is `python -m properties.numerics.precision_faults`.
 SHAPES = [("gauss", 200), ("large_logits", 200), ("level", 512)]
 
@@ -44,6 +48,7 @@ def test_the_gate_holds_and_is_nearly_attained() -> None:
         ArithmeticModel.from_json((BASELINES.parent / "models" / "nvidia_h200.json").read_text()),
         dataclasses.replace(HOPPER, name="Hopper merging by lse", merge="lse"),
         dataclasses.replace(INTERPRETER, name="row sum from P", row_sum_from_p=True),
+        NARROW_PARTIALS,
     ],
     ids=lambda model: model.name,
 )
@@ -61,6 +66,39 @@ def test_the_gate_is_violated_by_a_kernel_that_truncates_p() -> None:
 
     assert measure(experiment, truncating, with_alarm=False).out.max() <= 1
     assert measure(experiment, truncating, claimed=HOPPER, with_alarm=False).out.max() > 1
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        Experiment("large_logits", "bfloat16", "", 127, 80, 32, 64, True, "reverse", "nominal", True, 0),
+        Experiment("subnormal", "float16", "", 1024, 80, 32, 128, False, "blas", "nominal", False, 0),
+    ],
+    ids=lambda experiment: experiment.family,
+)
+def test_the_gate_is_violated_by_a_kernel_that_stores_narrower_partials(experiment: Experiment) -> None:
+    wider = dataclasses.replace(NARROW_PARTIALS, partial_format="float32")
+
+    assert measure(experiment, NARROW_PARTIALS, with_alarm=False).out.max() <= 1
+    assert measure(experiment, NARROW_PARTIALS, claimed=wider, with_alarm=False).out.max() > 1
+
+
+def test_the_gate_counts_every_time_that_a_partial_is_stored() -> None:
+    """By hand, in units of the last place: means of 9/16, 57/16 and 25/16 are stored as 1, 4 and 2, the mean of the
+    first and last as 2, and the result, 8/3, as 3: 1.1 units above 91/48."""
+    units = np.concatenate([np.arange(16) < 9, 3 + (np.arange(16) < 9), 1 + (np.arange(16) < 9)])
+    value = (1 + 2.0**-10 * units)[None, :, None]
+    nothing, seen = np.zeros((1, 48, 1)), np.ones((1, 48), bool)
+    options: dict[str, Any] = {"scale": 1.0, "fmt": "float16", "tiles": tiling(48, 0, 16, 16)}
+
+    out, _ = simulate(nothing[:, :1], nothing, value, seen, model=NARROW_PARTIALS, **options)
+    allowed = budget(nothing[:, :1], nothing, value, seen, model=NARROW_PARTIALS, **options).out
+    once = dataclasses.replace(NARROW_PARTIALS, merge="lse")
+
+    assert out.item() == 1 + 3 * 2.0**-10
+    error = out - value.mean()
+    assert error <= allowed
+    assert error > budget(nothing[:, :1], nothing, value, seen, model=once, **options).out
 
 
 def test_validation_reports_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,24 @@ class FlashInfer(Adapter):
     )
 
     def model(self, device: str) -> ArithmeticModel:
-        """For prompts the row sum adds weights in the input's format (compute_sfm_v of prefill.cuh, 0.7.4)."""
+        """What both kernels share, by the headers in ``flashinfer/data/include/flashinfer`` of 0.7.4.
+
+        Decoding keeps logits, weights and their sums in float32 (compute_qk, update_local_state of
+        attention/decode.cuh). For prompts weights are rounded to nearest in the input's format, and the row sum adds
+        them so (compute_sfm_v of attention/prefill.cuh, vec_dtypes.cuh). Rows are split from 9 pages on, if the GPU has
+        room; a part's output is stored in the output's format, which is the input's (``params.o = tmp_v`` in both),
+        beside its log-sum-exp, and so is that of each group in which parts are merged (threadblock_sync_state of
+        attention/cascade.cuh).
+        """
         del device
-        return replace(PERMISSIVE, name="FlashInfer", row_sum_from_p=True)
+        return replace(
+            PERMISSIVE,
+            name="FlashInfer",
+            p_rounding="nearest",
+            row_sum_from_p=True,
+            merge="lse twice",
+            partial_format=None,
+        )
 
     @cached_property
     def decode(self) -> Any:
