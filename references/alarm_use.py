@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from references.arithmetic_model import ArithmeticModel
 from references.error_bounds import ORACLE_SHARE, budgets, gate_of
-from references.least_alarm import least_alarm
+from references.least_alarm import LeastAlarm
 from references.rounding import Format, as_format
 from references.rounding_errors import arithmetic_of
 from references.sequence import Sequence, batches
@@ -48,7 +48,7 @@ def largest_over_alarm(
     """The largest error over its alarm if that is above 1; else a number up to 1 that no error over its alarm exceeds.
 
     The alarm, ``error_bounds.budgets`` with ``alarm_lambda``, is computed for the queries only that have an error above
-    ``least_alarm``, and for all that are worked on together if that cannot decide.
+    ``LeastAlarm``, and for all that are worked on together if that cannot decide.
 
     Args:
         several: sequences with the same heads and head_dim.
@@ -88,22 +88,34 @@ def _used(
         gate = gate_of(several, scale, of_gate)
         if gate is None:
             return of_alarm(several, errors)
-        least_out, least_lse = least_alarm(gate, of_gate, arithmetic)
-    exceeding: list[tuple[Sequence, Errors]] = []
-    worst = 0.0
-    for one, its, rows in zip(several, errors, gate.problem.sequences.rows, strict=True):
-        out = _ratio(its.out.reshape(len(one.key), -1, head_dim), least_out[:, rows]).max(axis=-1)
-        used = np.maximum(out, _ratio(its.lse.reshape(len(one.key), -1), least_lse[:, rows]))
-        above = used > 1
-        worst = max(worst, float(used.max(where=~above, initial=0.0)))
-        if above.any():
-            exceeding += _queries(one, its, above)
-    if not exceeding:
+        least = LeastAlarm(gate, of_gate, arithmetic)
+        rows, lse = gate.problem.sequences.rows, least.lse()
+        worst, above = _against(least.out(), lse, several, errors, rows)
+        if above:
+            worst, above = _against(least.nearer_out(), lse, several, errors, rows)
+    if not above:
         return worst
-    used_of_some = of_alarm([one for one, _ in exceeding], [its for _, its in exceeding])
-    if abs(used_of_some - 1) <= UNDECIDED:
+    exceeding = [pair for place, chosen in above.items() for pair in _queries(several[place], errors[place], chosen)]
+    used = of_alarm([one for one, _ in exceeding], [its for _, its in exceeding])
+    if abs(used - 1) <= UNDECIDED:
         return of_alarm(several, errors)
-    return max(worst, used_of_some)
+    return max(worst, used)
+
+
+def _against(
+    least_out: Float64Array, least_lse: Float64Array, several: list[Sequence], errors: list[Errors], rows: list[slice]
+) -> tuple[float, dict[int, BoolArray]]:
+    """The largest error over bounds of queries where it is not above 1; the others [num_kv_heads, rows] by sequence."""
+    worst, above = 0.0, {}
+    for place, (one, its, mine) in enumerate(zip(several, errors, rows, strict=True)):
+        num_kv_heads, head_dim = len(one.key), one.query.shape[-1]
+        used = _ratio(its.out.reshape(num_kv_heads, -1, head_dim), least_out[:, mine]).max(axis=-1)
+        np.maximum(used, _ratio(its.lse.reshape(num_kv_heads, -1), least_lse[:, mine]), out=used)
+        exceeding = used > 1
+        if exceeding.any():
+            above[place] = exceeding
+        worst = max(worst, float(used.max(where=~exceeding, initial=0.0)))
+    return worst, above
 
 
 def _queries(one: Sequence, errors: Errors, chosen: BoolArray) -> Iterator[tuple[Sequence, Errors]]:

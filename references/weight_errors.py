@@ -35,6 +35,7 @@ class Deviations:
     wide: BoolArray | None  # the rows with exponents above LINEAR_UP_TO, where linear is phi; None: there is none
     shared: Float64Array | None  # [num_kv_heads, rows, kv_len] part of phi that is one function of the gap; the alarm's
     exponentials: Error  # at most of those of a key, in octaves
+    theta: float  # relative error of the constant
     shift: Float64Array  # error that all logits have in common, in octaves
     reach: Float64Array  # how far the computed maximum may be off, in octaves
     rescaling: Error  # of the accumulator and of the row sum, [..., rows]
@@ -176,7 +177,7 @@ def deviations_of(
     shift = theta * np.abs(exact.peak)
     of_wide = wide if linear is not exponent else None
     return Deviations(
-        exponent, largest, linear, slope, of_wide, shared, most, shift, shift + tau_max, rescaling, row_sum
+        exponent, largest, linear, slope, of_wide, shared, most, theta, shift, shift + tau_max, rescaling, row_sum
     )
 
 
