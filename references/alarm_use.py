@@ -109,8 +109,14 @@ def _against(
     worst, above = 0.0, {}
     for place, (one, its, mine) in enumerate(zip(several, errors, rows, strict=True)):
         num_kv_heads, head_dim = len(one.key), one.query.shape[-1]
-        used = _ratio(its.out.reshape(num_kv_heads, -1, head_dim), least_out[:, mine]).max(axis=-1)
-        np.maximum(used, _ratio(its.lse.reshape(num_kv_heads, -1), least_lse[:, mine]), out=used)
+        out, lse = its.out.reshape(num_kv_heads, -1, head_dim), its.lse.reshape(num_kv_heads, -1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # Unlike max, np.maximum keeps NaN.
+            largest = float(np.maximum((out / least_out[:, mine]).max(), (lse / least_lse[:, mine]).max()))
+        if largest <= 1:
+            worst = max(worst, largest)
+            continue
+        used = np.maximum(_ratio(out, least_out[:, mine]).max(axis=-1), _ratio(lse, least_lse[:, mine]))
         exceeding = used > 1
         if exceeding.any():
             above[place] = exceeding

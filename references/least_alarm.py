@@ -61,8 +61,8 @@ class LeastAlarm:
         problem, sums = gate.problem, gate.sums
         rounded, factor = gate.shares.rounded()
         independent = arithmetic.rounds_p and arithmetic.model.p_rounding == "nearest"
-        (values,), (squares, *of_p) = problem.sequences.sums(
-            (None, [None]), (np.square, [None, *([np.square(rounded)] if independent else [])])
+        (values,), (squares, weighted, *of_p) = problem.sequences.sums(
+            (None, [None]), (np.square, [None, problem.exact.power, *([np.square(rounded)] if independent else [])])
         )
         least = sums.sizes[0] * column(inverse * self._accumulation)
         of_rounding = sums.sizes[-1] * column(inverse * factor)
@@ -71,7 +71,7 @@ class LeastAlarm:
         least += of_rounding
         least += column(inverse * arithmetic.lost_by_operations(problem.seen))
         if not arithmetic.model.row_sum_from_p and arithmetic.model.merge != "lse":
-            least += self._logit(values, squares)
+            least += self._logit(values, squares, weighted)
         return self._with_rounding(least)
 
     def lse(self) -> Float64Array:
@@ -106,33 +106,45 @@ class LeastAlarm:
             least[:, problem.exact.blind] = 0.0
         return least
 
-    def _logit(self, values: Float64Array, squares: Float64Array) -> Float64Array:
-        """Of independent errors of scores.
+    def _logit(self, values: Float64Array, squares: Float64Array, weighted: Float64Array) -> Float64Array:
+        """What one exponential of every key can do, and independent errors of scores.
 
         Their root of a sum of squares is at least sum s (v - o)**2 over the root of sum (v - o)**2, the one less than
         the gate's by what a gap and the exponentials can cause, the other over all keys of a sequence.
+
+        Args:
+            values, squares: sums of v and v**2 over the keys of a sequence, [num_kv_heads, sequences, head_dim].
+            weighted: of v**2, with the powers.
         """
         problem, deviations, share_sum = self.gate.problem, self.gate.deviations, self.gate.share_sum
         total, sequences, terms = problem.exact.total, problem.sequences, self.gate.out[0]
+        cancelled = (sequences.kv_len + 8) * 2.0**-50  # of sums of squares, by float64
+        square = problem.size * problem.size
         _, rows, _, keys = sequences.sizes
-        count = column(np.repeat(keys, rows))
         ones = np.ones_like(total)
-        of_squares = sequences.times(squares, ones) + count * problem.size * problem.size
-        distances = of_squares - 2 * problem.out * sequences.times(values, ones)
-        distances += of_squares * ((sequences.kv_len + 8) * 2.0**-50)
+        outer = sequences.times(squares, ones) + column(np.repeat(keys, rows)) * square
+        distances = outer * (1 + cancelled) - 2 * problem.out * sequences.times(values, ones)
+        outer = weighted / column(total)
+        variance = outer - square
+        outer += square
+        outer *= cancelled
+
         lost = deviations.row_sum * (1 + share_sum) + self.of_gate.lost_sum(problem.seen) / total
         root = np.maximum(terms[0] * LEFT - np.add.reduce(terms[:5]) * ROOT_ABOVE, 0.0)
         root *= column(np.maximum(1 - share_sum - lost, 0.0))
-        inverse_sum = np.divide(1.0, share_sum, out=np.zeros_like(share_sum), where=share_sum > 0)
-        most = LN_2 * deviations.exponentials
-        common = (LN_2 * deviations.theta * LARGEST_WEIGHED_GAP + most) / (LEFT * total)
-        own = root * root * column(self._shrink * inverse_sum) - column(common) * distances
+        inverse_sum = np.divide(self._shrink, share_sum, out=np.zeros_like(share_sum), where=share_sum > 0)
+        most, each = LN_2 * deviations.exponentials, -math.log1p(-self.of_gate.model.exp2_error)
+        own = root * root * column(inverse_sum)
+        own -= column(most / LEFT) * (variance + outer)
+        own -= column(LN_2 * deviations.theta * LARGEST_WEIGHED_GAP / (LEFT * total)) * distances
         np.maximum(own, 0.0, out=own)
         own *= self._scores
-        share_sum = self._scores * np.maximum(share_sum * self._shrink * LEFT - most, 0.0)
-        linear: Float64Array = np.sqrt(own * column(share_sum))
+        of_each = LEFT * each * np.maximum(variance - outer, 0.0)
+        mass = each + self._scores * np.maximum(share_sum * self._shrink * LEFT - most, 0.0)
+        linear: Float64Array = np.sqrt((own + of_each) * column(mass))
         with np.errstate(divide="ignore", invalid="ignore"):
             independent = np.where(own > 0, self._confidence * own / np.sqrt(distances), 0.0)
+        independent += np.sqrt(of_each * each)
         np.minimum(linear, independent, out=linear)
         linear *= column(self._usable)
         return linear

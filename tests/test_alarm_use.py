@@ -198,3 +198,17 @@ def test_the_alarm_itself_is_computed_for_queries_that_need_it_only(monkeypatch:
     errors[1].lse[0, 3] *= 3
     assert largest_over_alarm(several, errors, alarm_lambda=LAMBDA, **options) == pytest.approx(1.2, rel=1e-5)
     assert asked == [(1, 2, 16)]
+
+
+@pytest.mark.parametrize("tensor", ["out", "lse"])
+def test_where_nothing_is_known_the_alarm_itself_decides(tensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = [sequence("normal", "float16", 2, 10)]
+    options: dict[str, Any] = {"scale": 0.25, "fmt": "float16", "model": INTERPRETER, "alarm_lambda": LAMBDA}
+    alarm = budgets(several, **options)[0]
+    for name in ("out", "nearer_out") if tensor == "out" else ("lse",):
+        unknown = np.full((1, 4, 16) if tensor == "out" else (1, 4), np.nan)
+        monkeypatch.setattr(least_alarm.LeastAlarm, name, lambda _, unknown=unknown: unknown)
+    for use in (0.5, 1.5):
+        errors = Errors(np.zeros(alarm.out.shape), np.zeros(alarm.lse.shape))
+        getattr(errors, tensor).flat[3] = use * getattr(alarm, tensor).flat[3]
+        assert largest_over_alarm(several, [errors], **options) == pytest.approx(use, rel=1e-5)
