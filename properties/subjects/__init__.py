@@ -33,6 +33,7 @@ VARIABLE = "PROPERTIES_SUBJECT"
 ADAPTERS = {
     "onnx-reference": "properties.subjects.onnx_attention:OnnxReference",
     "onnxruntime-attention": "properties.subjects.onnx_attention:OnnxRuntimeAttention",
+    "onnxruntime-past": "properties.subjects.onnx_attention:OnnxRuntimePast",
     "onnxruntime-gqa": "properties.subjects.onnxruntime_contrib:OnnxRuntimeGQA",
     "onnxruntime-mha": "properties.subjects.onnxruntime_contrib:OnnxRuntimeMHA",
     "openvino": "properties.subjects.openvino_sdpa:OpenVINO",

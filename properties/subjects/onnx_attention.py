@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from properties.capabilities import Capabilities, Policy
-from properties.subjects.adapter import Adapter, Call
+from properties.subjects.adapter import Adapter, Call, Result
 from properties.subjects.onnx_nodes import Inputs, Session, model
 
 _DOCS = "https://onnx.ai/onnx/operators/onnx__Attention.html"
@@ -49,7 +50,7 @@ class OnnxRuntimeAttention(Adapter):
         """Of this operator."""
         return Session("Attention")
 
-    def run(self, call: Call) -> torch.Tensor:
+    def run(self, call: Call) -> torch.Tensor | Result:
         """Ask for its own causal mask where it means ours, else give a mask made for the call."""
         is_theirs = set(call.new_lens) <= {call.q_len} and (call.has_cache or not call.is_causal)
         mask = None if is_theirs or call.mask is None else call.mask.numpy()
@@ -67,6 +68,33 @@ class OnnxRuntimeAttention(Adapter):
     def evaluate(self, inputs: Inputs, **attributes: Any) -> NDArray[Any]:
         """One node."""
         return self.session.run(inputs, ["Y"], **attributes)[0]
+
+
+class OnnxRuntimePast(OnnxRuntimeAttention):
+    """The same with the cache inside: it takes ``past_key`` and ``past_value``, and returns the two ``present_``."""
+
+    name = "onnxruntime-past"
+    # All rows have one past, and nonpad_kv_seqlen must not be given beside it.
+    capabilities = replace(
+        CAPABILITIES, ops=("attention_with_kv_cache",), cache="functional", ragged=False, padding=False
+    )
+
+    def run(self, call: Call) -> Result:
+        """Append to the past, without one on a first call, under its own causal mask."""
+        length = call.seq_lens[0]
+        past = [buffer[:, :, :length].numpy() for buffer in call.buffers] if call.buffers and length else [None, None]
+        inputs: Inputs = {
+            "Q": call.query.numpy(),
+            "K": call.new_keys.numpy(),
+            "V": call.new_values.numpy(),
+            "attn_mask": None,
+            "past_key": past[0],
+            "past_value": past[1],
+        }
+        outputs = ["Y", "present_key", "present_value"]
+        attributes = {"is_causal": int(call.is_causal), "scale": call.scale}
+        out, keys, values = map(torch.from_numpy, self.session.run(inputs, outputs, **attributes))
+        return Result(out, buffers=(keys, values))
 
 
 class OnnxReference(OnnxRuntimeAttention):
