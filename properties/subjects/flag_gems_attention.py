@@ -32,6 +32,8 @@ class Varlen(Adapter):
             "causal alignment": Policy("bottom-right", "documented", _DOCS, is_ours=True),
             "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
             "empty rows": Policy("output 0; of the log-sum-exp nothing is said", "documented", _DOCS),
+            "NaN in unread memory": Policy("in a hidden value it reaches the output, in a hidden key not", "observed"),
+            "visible NaN": Policy("reaches its element of what sees it", "observed"),
             "bits across runs": Policy("the forward pass is always deterministic", "documented", _DOCS, is_ours=True),
         },
     )

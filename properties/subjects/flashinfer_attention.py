@@ -37,6 +37,9 @@ class FlashInfer(Adapter):
         policies={
             "causal alignment": Policy("bottom-right", "documented", _DOCS, is_ours=True),
             "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+            "empty rows": Policy("0", "observed"),
+            "NaN in unread memory": Policy("in a hidden value it reaches the output, in a hidden key not", "observed"),
+            "visible NaN": Policy("reaches its element of what sees it", "observed"),
             "bits across batches": Policy("may differ, unless fixed_split_size is given", "documented", _DOCS),
         },
     )

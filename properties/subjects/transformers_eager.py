@@ -33,6 +33,7 @@ def _offers(rollbacks: bool) -> Capabilities:
         blind=False,
         policies={
             "causal alignment": Policy("the caller's: a mask is added to the scores", "observed"),
+            "scale": Policy("the caller's", "observed"),
             "empty rows": Policy("the mean of all values: masks hold the smallest finite number", "observed"),
             "NaN in unread memory": Policy("in a masked key or value it reaches the output", "observed"),
         },
@@ -107,7 +108,11 @@ class DynamicCacheSDPA(DynamicCacheEager):
     capabilities = replace(
         _offers(rollbacks=True),
         dtypes=DTYPES,
-        policies={"causal alignment": Policy("the caller's: True in a mask is what a query sees", "observed")},
+        policies={
+            "causal alignment": Policy("the caller's: True in a mask is what a query sees", "observed"),
+            "scale": Policy("the caller's", "observed"),
+            "empty rows": Policy("0", "observed"),
+        },
     )
 
     def run(self, call: Call) -> Result:

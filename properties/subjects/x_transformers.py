@@ -24,6 +24,7 @@ class XTransformers(Adapter):
         blind=False,
         policies={
             "causal alignment": Policy("bottom-right; off for one query", "observed"),
+            "scale": Policy("1/sqrt(dim_head) by default", "observed"),
             "empty rows": Policy("0 by its mask, the mean of all values by mask and causality together", "observed"),
             "NaN in unread memory": Policy("a masked value that is NaN makes its row NaN", "observed"),
             "visible NaN": Policy("reaches what sees it", "observed"),

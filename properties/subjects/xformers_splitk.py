@@ -38,6 +38,9 @@ class SplitK(Adapter):
                 "bottom-right, by BlockDiagonalCausalWithOffsetPaddedKeysMask", "documented", _DOCS, is_ours=True
             ),
             "scale": Policy("any number; 1/sqrt(head_dim) by default", "documented", _DOCS, is_ours=True),
+            "empty rows": Policy("0", "observed"),
+            "NaN in unread memory": Policy("in a hidden value it reaches the output, in a hidden key not", "observed"),
+            "visible NaN": Policy("reaches its element of what sees it", "observed"),
         },
     )
 
