@@ -68,9 +68,9 @@ SUM_FROM_P = dataclasses.replace(
 @pytest.mark.parametrize("model", [INTERPRETER, HOPPER, PERMISSIVE, SUM_FROM_P], ids=lambda m: m.name)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_bound_is_never_above_the_alarm(fmt: str, model: ArithmeticModel) -> None:
-    for (seed, family), head_dim in itertools.product(enumerate(FAMILIES), (16, 128)):
-        shapes = ((3, 5), (1, 1), (4, 70), (5, 2))
-        several = [sequence(family, fmt, *shape, seed, head_dim) for shape in shapes]
+    shapes = {16: ((4, 70), (5, 2)), 128: ((3, 5), (1, 1))}
+    for (seed, family), head_dim in itertools.product(enumerate(FAMILIES), shapes):
+        several = [sequence(family, fmt, *shape, seed, head_dim) for shape in shapes[head_dim]]
         for scale in (0.1, 40.0):
             for least, alarm in least_and_alarm(several, fmt, model, scale):
                 assert not np.any(least > alarm), family  # NaN says nothing
@@ -126,7 +126,7 @@ def assert_same_verdict(errors: list[Errors], several: list[Sequence], options: 
 
 def test_verdicts_on_correct_and_faulty_kernels_are_those_of_the_alarm() -> None:
     raised = 0
-    for count, e in enumerate(plan(outputs=500_000, seed=1)):
+    for count, e in enumerate(plan(outputs=300_000, seed=1)):
         fmt, model = as_format(e.fmt), MODELS[e.model]
         shape = {"num_kv_heads": 2, "rows": 4, "kv_len": min(e.kv_len, 300), "head_dim": 16, "seed": count}
         problem = make(e.family, fmt=fmt, is_causal=e.is_causal, **shape)
@@ -142,7 +142,7 @@ def test_verdicts_on_correct_and_faulty_kernels_are_those_of_the_alarm() -> None
             ]
         errors = Errors(*(np.where(np.isnan(error), np.inf, error) for error in pairs))
         raised += assert_same_verdict([errors], [Sequence(*inputs, tiles)], options) > 1
-    assert count > 400
+    assert count > 250
     assert 20 < raised < count // 2
 
 
