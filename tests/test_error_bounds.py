@@ -411,6 +411,22 @@ def test_more_splits_and_tiles_cost_more() -> None:
     assert np.all(splits.terms["logit"] > one.terms["logit"])
 
 
+def test_unknown_groups_of_splits_may_be_rescaled_once_for_every_other_split() -> None:
+    """By hand, of 4 splits of one key each, whose logits are so close that any may be the largest: a key passes its own
+    exponential and, merged in order, one and one for each later split: 3.5 on average; in unknown groups 1 + 5."""
+    nothing, value = np.zeros((1, 4, 1)), np.array([1.0, -1.0, 1.0, -1.0])[None, :, None]
+    model = dataclasses.replace(INTERPRETER, exp2_error=2.0**-12)
+
+    def logit(merge: Any) -> float:
+        exact = dataclasses.replace(model, merge=merge, log2_error=0.0)
+        seen = np.ones((1, 4), bool)
+        options: dict[str, Any] = {"scale": 1.0, "fmt": "float32", "model": exact, "tiles": tiling(4, 0, 1, 1)}
+        return float(budget(nothing[:, :1], nothing, value, seen, **options).terms["logit"].item())
+
+    assert logit("lse") == pytest.approx(3.5 * 2.0**-12, rel=0.01)
+    assert logit("lse twice") == pytest.approx(6 * 2.0**-12, rel=0.01)
+
+
 def test_a_query_that_sees_nothing_has_budget_zero() -> None:
     rng = np.random.default_rng(0)
     query, key, value = (rng.standard_normal(s) for s in ((2, 3, 4), (1, 2, 4), (1, 2, 4)))
