@@ -14,11 +14,11 @@ def _weight(one: Float64Array, other: Float64Array) -> Float64Array:
 
 
 def merged(one: Got, other: Got) -> tuple[Float64Array, Float64Array]:
-    """Output and log-sum-exp of the union."""
+    """Output and log-sum-exp of the union; NaN in a log-sum-exp is NaN in both."""
     share = _weight(one.lse_values, other.lse_values)[..., None]
     with np.errstate(invalid="ignore"):
-        out = np.where(share > 0, share * one.values, 0.0) + np.where(share < 1, (1 - share) * other.values, 0.0)
-    return out, np.logaddexp(one.lse_values, other.lse_values)
+        out = np.where(share == 0, 0.0, share * one.values) + np.where(share == 1, 0.0, (1 - share) * other.values)
+        return out, np.logaddexp(one.lse_values, other.lse_values)
 
 
 def merged_budget(

@@ -15,6 +15,7 @@ from properties.case import Case, Row, Step
 from properties.checking import check_run
 from properties.exact import assert_exact
 from properties.exploring import failure_of
+from properties.halves import merged
 from properties.recording import repeated
 from properties.runner import run
 from properties.sequences import assert_close_sequences, assert_same_caches, assert_same_sequences
@@ -211,3 +212,18 @@ def test_what_happens_on_a_variant_is_not_shown_by_the_case_alone() -> None:
     assert failure_of("law", CASE, violation).elsewhere
     assert not failure_of("law", replace(CASE, seed=3), violation).elsewhere
     assert failure_of("law", CASE, LawViolation("out", "report", None)).elsewhere
+
+
+def test_halves_of_which_one_has_no_number_for_a_log_sum_exp_are_no_number() -> None:
+    """A kernel whose half is NaN must not pass because the whole is 0."""
+    lse = np.zeros(SHAPE[:3])
+    lse[0, 0] = np.nan
+    lse[0, 1] = -np.inf
+    half, zeros = got(np.zeros(SHAPE), lse), got(np.zeros(SHAPE))
+
+    for out, merged_lse in (merged(half, zeros), merged(zeros, half)):
+        assert np.isnan(out[0, 0]).all()
+        assert np.isnan(merged_lse[0, 0]).all()
+        assert np.all(out[0, 1] == 0)
+        assert np.all(merged_lse[0, 1] == 0)
+        assert np.all(out[1] == 0)
