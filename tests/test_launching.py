@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,44 +17,41 @@ NAMES = ("out_ptr", "scale", "bound", "far", "TILE", "flags")
 TYPES = ("*fp16", "fp32", "i32", "i64", "constexpr", "i32")
 ARGUMENTS = (1 << 40, 0.125, 7, -(1 << 40), 64, -3)
 TAKEN = [8, 4, 4, 8, 4, 8, 8]
+DECLARED = (".u64 .ptr .global .align 1", ".f32", ".u32", ".u64", ".u32", *(".u64 .ptr .global .align 1",) * 2)
 STREAM, FUNCTION = 77 << 32, 99 << 32
 
 
 class Driver:
-    """The two functions of the CUDA driver, which note how they are called."""
+    """The function of the CUDA driver that launches, which notes how it is called."""
 
-    def __init__(self, sizes: list[int], status: int = 0) -> None:
-        self.sizes, self.status, self.launches = sizes, status, 0
-        size_pointer = ctypes.POINTER(ctypes.c_size_t)
-        self.cuFuncGetParamInfo = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, size_pointer, size_pointer
-        )(self.info)
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.launches = status, 0
         self.cuLaunchKernelEx = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
         )(self.launch)
-
-    def info(self, function: int, index: int, _offset: Any, size: Any) -> int:
-        """The size of a parameter; an error past the last."""
-        if function != FUNCTION or index >= len(self.sizes):
-            return 1
-        size[0] = self.sizes[index]
-        return 0
 
     def launch(self, config: int, function: int, parameters: Any, _extra: Any) -> int:
         """Read the configuration and the parameters as the driver does."""
         self.launches += 1
         assert function == FUNCTION
         self.config = struct.unpack("7I4xQQI", ctypes.string_at(config, 52))
-        raw = [ctypes.string_at(parameters[i], size) for i, size in enumerate(self.sizes)]
+        raw = [ctypes.string_at(parameters[i], size) for i, size in enumerate(TAKEN)]
         codes = ("Q", "f", "i", "q", "i", "Q", "Q")
         self.parameters = [struct.unpack(code, value)[0] for code, value in zip(codes, raw, strict=True)]
         return self.status
 
 
+def ptx(declared: Sequence[str]) -> str:
+    """A kernel with such parameters, after a function with one."""
+    parameters = ",\n".join(f"\t.param {words} kernel_param_{i}" for i, words in enumerate(declared))
+    return f".func (.param .b32 out) other(.param .b64 in)\n.visible .entry kernel(\n{parameters}\n)\n{{ ret; }}\n"
+
+
 class Triton:
     """A compiled kernel."""
 
-    def __init__(self, **metadata: Any) -> None:
+    def __init__(self, declared: Sequence[str] = DECLARED, **metadata: Any) -> None:
+        self.asm = {"ptx": ptx(declared)}
         self.calls: list[tuple[Any, ...]] = []
         self.src = SimpleNamespace(signature=dict(zip(NAMES, TYPES, strict=True)))
         self.function, self.packed_metadata = FUNCTION, (4, 1, 4096)
@@ -78,7 +76,7 @@ THROUGH_TRITON = (6, 2, 1, STREAM + 3, FUNCTION, (4, 1, 4096), None, None, None,
 
 
 def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, driver = Triton(), Driver(TAKEN)
+    compiled, driver = Triton(), Driver()
     launch = repeated(monkeypatch, compiled, driver)
 
     launch.again(5, launch.current_stream(), [9, 1 << 42])
@@ -90,7 +88,7 @@ def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: p
 
 
 def test_triton_launches_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, driver = Triton(), Driver(TAKEN, status=201)
+    compiled, driver = Triton(), Driver(status=201)
 
     launch = repeated(monkeypatch, compiled, driver)
     launch.again(6, launch.current_stream(), [8, 1 << 41])
@@ -99,25 +97,26 @@ def test_triton_launches_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("driver", "metadata"),
+    ("driver", "declared", "metadata"),
     [
-        (None, {}),
-        (Driver(TAKEN[:-1]), {}),
-        (Driver([*TAKEN, 8]), {}),
-        (Driver([8, 4, 8, 8, 4, 8, 8]), {}),
-        (SimpleNamespace(), {}),
-        (Driver(TAKEN), {"num_ctas": 2}),
-        (Driver(TAKEN), {"launch_pdl": True}),
-        (Driver(TAKEN), {"global_scratch_size": 128}),
-        (Driver(TAKEN), {"target": SimpleNamespace(backend="hip")}),
+        (None, DECLARED, {}),
+        (Driver(), DECLARED[:-1], {}),
+        (Driver(), (*DECLARED, ".u64"), {}),
+        (Driver(), (*DECLARED[:2], ".u64", *DECLARED[3:]), {}),
+        (Driver(), (), {}),
+        (Driver(), DECLARED, {"num_ctas": 2}),
+        (Driver(), DECLARED, {"launch_pdl": True}),
+        (Driver(), DECLARED, {"global_scratch_size": 128}),
+        (Driver(), DECLARED, {"target": SimpleNamespace(backend="hip")}),
     ],
 )
-def test_triton_launches_what_is_not_known_to_the_driver_as_it_is_kept(
-    monkeypatch: pytest.MonkeyPatch, driver: Any, metadata: dict[str, Any]
+def test_triton_launches_what_is_not_known_to_take_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, driver: Driver | None, declared: Sequence[str], metadata: dict[str, Any]
 ) -> None:
-    compiled = Triton(**metadata)
+    compiled = Triton(declared, **metadata)
 
     launch = repeated(monkeypatch, compiled, driver)
     launch.again(6, launch.current_stream(), [8, 1 << 41])
 
     assert compiled.calls == [THROUGH_TRITON]
+    assert driver is None or driver.launches == 0

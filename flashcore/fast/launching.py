@@ -1,14 +1,14 @@
 """Launching a kernel again with a few other arguments: in the interpreter, through Triton, or past it.
 
 Triton's launcher parses all arguments of a kernel at every launch, 2 us for some fifty of them. ``ThroughDriver`` keeps
-them parsed and calls the driver as that launcher does, where the driver confirms that the kernel takes what is kept.
+them parsed and calls the driver as that launcher does, where the compiled kernel declares that it takes what is kept.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +62,7 @@ def repeated(
     through_triton = ThroughTriton(compiled, arguments, positions, row_tiles, device)
     types = list(compiled.src.signature.values())
     driver = _driver()
-    if driver is None or not _takes(driver, compiled, types):
+    if driver is None or not _takes(compiled, types):
         return through_triton
     return ThroughDriver(driver, types, through_triton)
 
@@ -172,26 +172,23 @@ def _driver() -> Any:
         return None
 
 
-def _takes(driver: Any, compiled: Any, types: list[str]) -> bool:
-    """Whether the driver confirms that a kernel takes arguments of these types and two pointers to scratch.
+def _takes(compiled: Any, types: list[str]) -> bool:
+    """Whether a kernel declares parameters of these types and two pointers to scratch, in PTX.
 
-    Only plain launches count: no clusters, no dependent launches, no scratch from Triton.
+    Only plain launches count: no clusters, no dependent launches, no scratch from Triton. The driver would say the
+    same, but only an error of its own tells that there are no more parameters, and tools report errors.
     """
     metadata = compiled.metadata
     special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
         return False
-    offset, size, found = ctypes.c_size_t(), ctypes.c_size_t(), []
-    try:
-        for index in itertools.count():
-            function = ctypes.c_void_p(compiled.function)
-            asked = function, ctypes.c_size_t(index), ctypes.byref(offset), ctypes.byref(size)
-            if driver.cuFuncGetParamInfo(*asked):
-                break
-            found.append(size.value)
-    except AttributeError:  # a driver older than the question
-        return False
-    return found == parameter_bytes(types)
+    return declared_bytes(compiled.asm["ptx"]) == parameter_bytes(types)
+
+
+def declared_bytes(ptx: str) -> list[int]:
+    """Bytes of the parameters that a kernel's entry declares, in order."""
+    entry = ptx.partition(".entry")[2].partition(")")[0]
+    return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z](\d+)", entry)]
 
 
 def parameter_bytes(types: Iterable[str]) -> list[int]:
