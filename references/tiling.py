@@ -55,14 +55,15 @@ def tiling(cached: int, new: int, block_n: int, kv_split_size: int | None = None
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Tiles as arrays; splits without a tile are left out.
+    """Tiles as arrays, in the order of their keys; splits without a tile are left out.
 
     Attributes:
         starts: [tiles] first key of each.
         widths: [tiles] keys of each.
-        place, split: [tiles] the place of each in its split, and the split.
+        place, split: [tiles] the place of each in its split, in the order visited, and the split.
         shape: most tiles of a split, and splits.
         kv_len: keys of all tiles.
+        is_one_run: whether there is one split, which visits its keys in their order.
     """
 
     starts: IntArray
@@ -71,6 +72,7 @@ class Layout:
     split: IntArray
     shape: tuple[int, int]
     kv_len: int
+    is_one_run: bool
 
     @cached_property
     def all_keys(self) -> IntArray:
@@ -85,16 +87,16 @@ def layout(tiles: Tiles, kv_len: int) -> Layout:
     """The arrays of a tiling.
 
     Raises:
-        ValueError: the tiles do not cover the keys [0, kv_len) in order.
+        ValueError: the tiles do not cover each of the keys [0, kv_len) once.
     """
     splits = [split for split in tiles if split]
-    flat = [tile for split in splits for tile in split]
-    starts = [start for start, _ in flat]
-    if [0, *(stop for _, stop in flat)] != [*starts, kv_len] or any(a >= b for a, b in flat):
-        raise ValueError(f"tiles must cover the keys [0, {kv_len}) in order, got {tiles}")
-    place, split = np.array([(i, split) for split, its in enumerate(splits) for i in range(len(its))]).T
+    visited = [(*tile, i, split) for split, its in enumerate(splits) for i, tile in enumerate(its)]
+    starts, stops, place, split = np.array(sorted(visited)).T
+    if [0, *stops] != [*starts, kv_len] or (starts >= stops).any():
+        raise ValueError(f"tiles must cover each of the keys [0, {kv_len}) once, got {tiles}")
     shape = (max(map(len, splits)), len(splits))
-    return Layout(np.array(starts), np.array([b - a for a, b in flat]), place, split, shape, kv_len)
+    is_one_run = len(splits) == 1 and sorted(visited) == visited
+    return Layout(starts, stops - starts, place, split, shape, kv_len, is_one_run)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _most_places(tiles: list[Layout]) -> tuple[int, int]:
 
 def _put(of_tiles: NDArray[Any], places: NDArray[Any], order: Layout) -> None:
     """Put [tiles, ...] in their places [tiles of a split, splits, ...]."""
-    if order.shape[1] == 1:
+    if order.is_one_run:
         places[: order.shape[0], 0] = of_tiles
     else:
         places[order.place, order.split] = of_tiles
@@ -288,7 +290,7 @@ def add_to_keys(of_all: Float64Array, of_tiles: Float64Array, rows: list[slice],
     """Add [tiles of a split, splits, heads, rows] to [heads, rows, kv_len]."""
     for mine, order in zip(rows, tiles, strict=True):
         places = of_tiles[..., mine]
-        in_order = places[: order.shape[0], 0] if order.shape[1] == 1 else places[order.place, order.split]
+        in_order = places[: order.shape[0], 0] if order.is_one_run else places[order.place, order.split]
         of_all[:, mine, : order.kv_len] += np.repeat(in_order.transpose(1, 2, 0), order.widths, axis=-1)
 
 

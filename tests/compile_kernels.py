@@ -65,6 +65,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
             }  # fmt: skip
             if plan.path == "split":
                 flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": several}
+                flags |= {"MERGE_M": plan.merge_m, "PREFETCH": True}
             yield dtype, plan, flags
 
 
@@ -88,7 +89,7 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     compiled = triton.compile(
         ASTSource(kernel, signature, flags, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options=plan.compiler_options(),
+        options=plan.compiler_options(several=bool(flags.get("SEVERAL"))),
     )
     registers, spills = registers_and_spills(compiled.asm["cubin"])
     return {
@@ -97,14 +98,17 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
         "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         "registers": registers, "spills": spills, "fused": compiled.asm["ptx"].count("fma.rn.f32"),
         "shared_bytes": compiled.metadata.shared,
-        "parameter_bytes": parameter_bytes(compiled.asm["ptx"]),
+        "is_decode": bool(flags.get("ONE_QUERY")), "loads_first": loads_first(compiled.asm["ptx"]),
+        "parameter_bytes": launching.declared_bytes(compiled.asm["ptx"]),
         "launched_bytes": launching.parameter_bytes(signature.values()),
     }  # fmt: skip
 
 
-def parameter_bytes(ptx: str) -> list[int]:
-    """Bytes of a kernel's parameters, in order."""
-    return [int(bits) // 8 for bits in re.findall(r"^\s*\.param \.[a-z](\d+) ", ptx, re.MULTILINE)]
+def loads_first(ptx: str) -> bool:
+    """Whether a tile is prefetched, and tiles are asked for, before anything is waited for in shared memory."""
+    prefetched, asked_for = ptx.find("prefetch.global.L2"), ptx.find("cp.async")
+    waited_for = re.search(r"st\.shared|stmatrix|bar\.sync", ptx)
+    return waited_for is not None and 0 < prefetched < asked_for < waited_for.start()
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:

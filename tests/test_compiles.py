@@ -76,6 +76,7 @@ def test_every_shipped_tile_compiles_without_spills_and_fits(arch: int) -> None:
     }
     assert spilled(results) + too_large(results) + contracted(results) == []
     assert [r for r in results if r["parameter_bytes"] != r["launched_bytes"]] == []
+    assert [name(r) for r in results if r["is_decode"] and not r["loads_first"]] == []
 
 
 def test_a_spill_a_contraction_and_too_much_shared_memory_are_seen() -> None:

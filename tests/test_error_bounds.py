@@ -601,6 +601,24 @@ def test_tiles_start_anew_with_the_new_tokens_and_with_every_split(arguments: tu
     assert tiling(*arguments) == expected
 
 
+@pytest.mark.parametrize("splits", [1, 3], ids=["one split", "several splits"])
+def test_a_tile_visited_before_its_turn_is_bounded_like_its_keys_moved_there(splits: int) -> None:
+    problem = draw("normal", 25, 2, BFLOAT16, 0)
+    in_order = tiling(24, 0, 4, 24 // splits)
+    first = (((24, 25), *in_order[0]), *in_order[1:])
+    rolled = dataclasses.replace(problem, key=np.roll(problem.key, 1, axis=0), value=np.roll(problem.value, 1, axis=0))
+    shifted = [tuple((a + 1, b + 1) for a, b in split) for split in in_order]
+    moved = (((0, 1), *shifted[0]), *shifted[1:])
+
+    early = gate(problem, "bfloat16", HOPPER, first)
+    same = gate(rolled, "bfloat16", HOPPER, moved)
+    late = gate(problem, "bfloat16", HOPPER, (*in_order[:-1], (*in_order[-1], (24, 25))))
+
+    np.testing.assert_allclose(early.out, same.out, rtol=1e-12)
+    np.testing.assert_allclose(early.lse, same.lse, rtol=1e-12)
+    assert (early.out != late.out).any()
+
+
 def test_impossible_tilings_are_refused() -> None:
     with pytest.raises(ValueError) as tile:
         tiling(4, 0, 0)
@@ -611,7 +629,7 @@ def test_impossible_tilings_are_refused() -> None:
 
     assert str(tile.value) == "block_n must be at least 1, got 0"
     assert str(split.value) == "kv_split_size must be a positive multiple of block_n=2, got 3"
-    assert str(uncovered.value) == "tiles must cover the keys [0, 5) in order, got (((0, 2), (2, 4)),)"
+    assert str(uncovered.value) == "tiles must cover each of the keys [0, 5) once, got (((0, 2), (2, 4)),)"
     assert gate(draw("normal", 4, 2, FLOAT16, 0), "float16", HOPPER, tiling(4, 0, 2)).out.shape == (1, 1, 2)
 
 

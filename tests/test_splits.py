@@ -45,6 +45,18 @@ def test_no_row_needs_more_splits_than_are_launched_for_a_longer_one(plan: tunin
     assert launched[-1] <= plan.max_splits
 
 
+def test_the_host_guesses_where_splits_begin_only_for_rows_that_are_alike() -> None:
+    plan = tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16)
+    with tuning.forced(path="prefill"):
+        whole = tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16)
+
+    assert plan.likely_split_size(1000, 1000, is_even=True) == plan.split_size(1000)
+    assert plan.likely_split_size(1000, 1000, is_even=False) == 0
+    assert plan.likely_split_size(None, 1000, is_even=True) == 0
+    assert plan.likely_split_size(1000, 8000, is_even=True) == 0
+    assert whole.likely_split_size(1000, 1000, is_even=True) == 0
+
+
 @pytest.mark.parametrize("multiprocessors", [5, 17])
 def test_how_many_splits_a_program_takes_changes_no_bit(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of few multiprocessors gets groups of splits and whole rows where a large one gets a split a program."""

@@ -538,6 +538,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         is_even=problem.is_even,
         multiprocessors=tuning.multiprocessors(device),
     )
+    likely_split_size = plan.likely_split_size(problem.longest, problem.max_cached, is_even=problem.is_even)
     scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)
     arrivals = unused_int
     if grid_splits > 1:
@@ -550,13 +551,20 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
     splits = (
         grid_splits, splits_per_program, plan.unsplit_size, plan.kv_split_size, plan.few_splits, plan.max_splits,
+        likely_split_size,
     )  # fmt: skip
     arguments = [
         *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip
-    constants |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": splits_per_program > 1}
+    constants |= {
+        "BLOCK_NEW": plan.block_new,
+        "ONE_QUERY": plan.one_query,
+        "SEVERAL": splits_per_program > 1,
+        "MERGE_M": plan.merge_m,
+        "PREFETCH": not interpreter.is_on(),
+    }
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
-    options = plan.compiler_options()
+    options = plan.compiler_options(several=splits_per_program > 1)
     programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch
     compiled = split_kv_attention[programs, row_tiles](*arguments, **options)
     if problem.call is not None and problem.owner is not None:

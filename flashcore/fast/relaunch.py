@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 CHANGING = (
-    "max_cached", "grid_splits", "splits_per_program",
+    "max_cached", "grid_splits", "splits_per_program", "likely_split_size",
     "q_ptr", "k_new_ptr", "v_new_ptr", "seq_lens_ptr", "out_ptr", "seq_lens_out_ptr",
 )  # fmt: skip
 """Arguments of the kernel that differ from step to step; "lse_ptr" besides, where one is asked for."""
@@ -95,6 +95,7 @@ class _Shares(NamedTuple):
     is_even: bool
     splits: int
     splits_per_program: int
+    likely_split_size: int
     programs: int
 
 
@@ -145,7 +146,7 @@ class Relaunch:
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
         self.takes_several = bool(arguments[kernel.arg_names.index("SEVERAL")])
-        self.shares = _Shares(range(0), False, 0, 0, 0)
+        self.shares = _Shares(range(0), False, 0, 0, 0, 0)
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
 
@@ -186,12 +187,12 @@ class Relaunch:
         changed: list[Any]
         if self.compiled is None:
             changed = [
-                bound, shares.splits, shares.splits_per_program,
+                bound, shares.splits, shares.splits_per_program, shares.likely_split_size,
                 query, key, value, past.seq_lens, out, rows.tensor(after),
             ]  # fmt: skip
         else:
             changed = [
-                bound, shares.splits, shares.splits_per_program,
+                bound, shares.splits, shares.splits_per_program, shares.likely_split_size,
                 at_query, at_key, at_value, at_lens, out.data_ptr(), after,
             ]  # fmt: skip
         if self.lse_shape is not None:
@@ -211,7 +212,8 @@ class Relaunch:
             is_even=is_even, multiprocessors=tuning.multiprocessors(self.device),
         )  # fmt: skip
         programs = tuning.ceil_div(splits, per_program) * self.heads
-        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, programs)
+        likely = self.plan.likely_split_size(bound, bound, is_even=is_even)
+        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, likely, programs)
 
     def _prepare(self, past: KVCache) -> launching.Launch:
         """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.

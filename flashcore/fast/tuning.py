@@ -41,6 +41,10 @@ SPLIT_GROUP = 4
 """
 
 
+LEAST_MERGED_ROWS = 4
+"""The smallest tile that merges stored splits: smaller ones gain nothing and would be kernels of their own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
     """How a call is launched.
@@ -48,6 +52,7 @@ class LaunchPlan:
     Attributes:
         path: which kernel.
         block_m: tile of (query, head) rows.
+        merge_m: tile of rows that merges stored splits.
         block_n: tile of keys.
         block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
         block_d: columns of a tile, head_dim and padding.
@@ -63,6 +68,7 @@ class LaunchPlan:
 
     path: Path
     block_m: int
+    merge_m: int
     block_n: int
     block_new: int
     block_d: int
@@ -75,8 +81,8 @@ class LaunchPlan:
     num_stages: int
     arch: int
 
-    def compiler_options(self) -> dict[str, int | bool]:
-        """What the kernels are compiled with.
+    def compiler_options(self, *, several: bool = False) -> dict[str, int | bool]:
+        """What the kernels are compiled with; ``several``: the one in which a program takes several splits.
 
         No contraction of a * b + c: the difference of two rounded logits is never positive, so that no weight passes 1.
         Contracted, the larger of two huge logits could exceed its own rounded maximum, and its weight overflow; and
@@ -84,8 +90,10 @@ class LaunchPlan:
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
-        if self.path == "split" and (self.num_warps == 8 or self.arch != 90):
-            options["maxnreg"] = 255  # without a number the assembler spills a few, for an occupancy of no use here
+        # Without a number the assembler spills a few, for an occupancy of no use here; in these with one.
+        spills_with_one = self.one_query and self.num_warps == 4 and (several or self.block_d == 64)
+        if self.path == "split" and not spills_with_one:
+            options["maxnreg"] = 255
         return options
 
     def grid_splits(self, cached: int) -> int:
@@ -124,6 +132,16 @@ class LaunchPlan:
             return most
         groups = ceil_div(self.grid_splits(longest), SPLIT_GROUP)
         return min(SPLIT_GROUP, most) if rows * groups >= enough else 1
+
+    def likely_split_size(self, longest: int | None, bound: int, *, is_even: bool) -> int:
+        """Slots of each split of most rows, or 0 if the host cannot tell: for prefetches, on which no result depends.
+
+        Args:
+            longest, bound, is_even: as in ``splits_per_program``; longest may be unknown.
+        """
+        if longest is None or not is_even or self.grid_splits(longest) != self.grid_splits(bound):
+            return 0
+        return self.split_size(longest) or 0
 
     def split_size(self, cached: int) -> int | None:
         """Slots a split of a row with ``cached`` slots takes, or None on the prefill path.
@@ -257,6 +275,7 @@ def plan(
     return LaunchPlan(
         path=path,
         block_m=block_m,
+        merge_m=min(block_m, max(LEAST_MERGED_ROWS, next_power_of_2(rows))) if one_query else block_m,
         block_n=block_n,
         block_new=max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n,
         block_d=block_d,

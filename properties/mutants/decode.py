@@ -9,16 +9,18 @@ BYTES = ("append_stores", "nothing_else_is_written")
 PAST_THE_END = ("past_the_end",)
 CANARY = ("nothing_else_is_written",)
 
-_LOGIT = "one_logit = tl.sum(q.to(tl.float32) * k_one.to(tl.float32)[None, :], axis=1) * qk_scale"
-_FOLDS = "attend_one_key(acc, m_i, l_i, one_logit, v_one, new_keys)"
+_LOGIT = "logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * qk_scale"
+_FOLDED = "acc, m_i, l_i, v.to(tl.float32)[None, :],"
+_AT_FIRST_TILE = "            if start_n == 0:\n"
+_WITHOUT_TILES = "        if cached == 0:\n"
 _SLOT = "slot = cached.to(tl.int64)\n"
-_STORED_K = "tl.store(k_cache_ptr + slot * stride_kcn + offs_d, k_one, mask=one_visible)"
-_STORED_V = "tl.store(v_cache_ptr + slot * stride_vcn + offs_d, v_one, mask=one_visible)"
-_LOADED_K = "k_one = tl.load(k_new_ptr + offs_d, mask=one_visible, other=0.0)"
-_LOADED_V = "v_one = tl.load(v_new_ptr + offs_d, mask=one_visible, other=0.0)"
-_STORES = "stores = is_last & (tile == 0) & ((flags & APPEND) != 0) & fits"
-_VISIBLE = "tl.where(is_last, new_keys, 0)"
-_ALL_COLUMNS = "tl.zeros([BLOCK_D], tl.int32) < new_keys"
+_STORED_K = "tl.store(k_slot_ptrs, k, mask=visible)"
+_STORED_V = "tl.store(v_slot_ptrs, v, mask=visible)"
+_V_SLOT = "v_cache_ptr + slot * stride_vcn + offs_d, stores,"
+_LOADED_K = "k = tl.load(k_ptrs, mask=visible, other=0.0)"
+_LOADED_V = "v = tl.load(v_ptrs, mask=visible, other=0.0)"
+_STORES = "stores = takes_new & (tile == 0) & ((flags & APPEND) != 0) & fits"
+_ALL_COLUMNS = "mask=tl.zeros_like(in_head).to(tl.int32) < num_keys"
 _ROW = """\
     h = tl.program_id(0) // row_programs % num_kv_heads
     b = tl.program_id(0) // row_programs // num_kv_heads
@@ -46,13 +48,12 @@ MUTANTS = (
         ),
         VALUES,
     ),
-    _split_kv(
+    Mutant(
         "F368",
         "NUMERIC",
         "the logit of a decode step's new token is not scaled",
         "split path, q_len == 1",
-        _LOGIT,
-        _LOGIT.removesuffix(" * qk_scale"),
+        (Edit(PRIMITIVES, _LOGIT, _LOGIT.removesuffix(" * qk_scale")),),
         VALUES,
     ),
     Mutant(
@@ -63,13 +64,12 @@ MUTANTS = (
         (Edit(PRIMITIVES, "exists = tl.zeros_like(logit) < num_keys", "exists = tl.zeros_like(logit) < 1"),),
         ("without_a_cache", *VALUES),
     ),
-    _split_kv(
+    Mutant(
         "F370",
         "NUMERIC",
         "the key of a decode step's new token is taken for its value",
         "split path, q_len == 1",
-        _FOLDS,
-        _FOLDS.replace("v_one", "k_one"),
+        (Edit(PRIMITIVES, _FOLDED, _FOLDED.replace("v.to", "k.to")),),
         VALUES,
     ),
     Mutant(
@@ -77,27 +77,70 @@ MUTANTS = (
         "NUMERIC",
         "the product of a decode step's new token is taken in the input's format",
         "split path, q_len == 1, float16 or bfloat16",
-        (Edit(SPLIT_KV, "q.to(tl.float32) * k_one.to(tl.float32)[None, :]", "(q * k_one[None, :]).to(tl.float32)"),),
+        (Edit(PRIMITIVES, "q.to(tl.float32) * k.to(tl.float32)[None, :]", "(q * k[None, :]).to(tl.float32)"),),
         VALUES,
     ),
     Mutant(
         "F373",
         "APPEND",
-        "every split of a decode step stores the token where its own slots end",
-        "split path, q_len == 1, splits > 1",
-        (
-            Edit(SPLIT_KV, _STORES, _STORES.replace("is_last & ", "")),
-            Edit(SPLIT_KV, _VISIBLE, "new_keys"),
-            Edit(SPLIT_KV, _SLOT, _SLOT.replace("cached", "stop")),
-        ),
+        "a decode step stores the token where the slots of its program end",
+        "split path, q_len == 1, several programs a row",
+        (Edit(SPLIT_KV, _SLOT, _SLOT.replace("cached", "stop")),),
         BYTES,
+    ),
+    _split_kv(
+        "F455",
+        "SPLIT",
+        "a decode step's new token is taken before the second tile of its row, or not at all",
+        "split path, q_len == 1, cached slots",
+        _AT_FIRST_TILE,
+        _AT_FIRST_TILE.replace("== 0", "== BLOCK_N"),
+        VALUES,
+    ),
+    _split_kv(
+        "F456",
+        "EMPTY",
+        "a decode step's new token is not seen where nothing is cached",
+        "split path, q_len == 1, a row without cached slots",
+        _WITHOUT_TILES,
+        _WITHOUT_TILES.replace("== 0", "< 0"),
+        VALUES,
+    ),
+    _split_kv(
+        "F457",
+        "NUMERIC",
+        "a decode step's new token is taken before the first tile and once more after the last",
+        "split path, q_len == 1, cached slots",
+        _WITHOUT_TILES,
+        "        if takes_new:\n",
+        VALUES,
+    ),
+    _split_kv(
+        "F458",
+        "APPEND",
+        "a decode step's new token is not stored where the first split of its row is not the last",
+        "split path, q_len == 1, splits > 1",
+        "takes_new = first_split == 0 if ONE_QUERY else is_last",
+        "takes_new = is_last",
+        BYTES,
+    ),
+    _split_kv(
+        "F459",
+        "LAYOUT",
+        "the query of every tile but the first is loaded from farther back",
+        "split path, more than one tile of cached slots",
+        "q_ptrs + tl.minimum(start_n, 0)",
+        "q_ptrs + tl.minimum(start_n, 1)",
+        VALUES,
     ),
     Mutant(
         "F374",
         "APPEND",
         "a decode step stores its token's padding columns over the next slot",
         "split path, q_len == 1, head_dim not a power of two",
-        tuple(Edit(SPLIT_KV, anchor, anchor.replace("one_visible", _ALL_COLUMNS)) for anchor in (_STORED_K, _STORED_V)),
+        tuple(
+            Edit(PRIMITIVES, anchor, anchor.replace("mask=visible", _ALL_COLUMNS)) for anchor in (_STORED_K, _STORED_V)
+        ),
         BYTES,
     ),
     _split_kv(
@@ -114,8 +157,8 @@ MUTANTS = (
         "APPEND",
         "a decode step stores its value with the stride of the keys",
         "key and value buffers of different strides",
-        _STORED_V,
-        _STORED_V.replace("stride_vcn", "stride_kcn"),
+        _V_SLOT,
+        _V_SLOT.replace("stride_vcn", "stride_kcn"),
         BYTES,
     ),
     _split_kv(
@@ -127,22 +170,20 @@ MUTANTS = (
         _STORES.replace("((flags & APPEND) != 0)", "(slot_limit > 0)"),
         CANARY,
     ),
-    _split_kv(
+    Mutant(
         "F378",
         "TAIL",
         "the new key of a decode step is loaded past head_dim and meets query columns of 0",
         "split path, q_len == 1, head_dim not a power of two",
-        _LOADED_K,
-        _LOADED_K.replace("one_visible", _ALL_COLUMNS),
+        (Edit(PRIMITIVES, _LOADED_K, _LOADED_K.replace("mask=visible", _ALL_COLUMNS)),),
         (*PAST_THE_END, "a_non_finite"),
     ),
-    _split_kv(
+    Mutant(
         "F379",
         "TAIL",
         "the new value of a decode step is loaded past head_dim into columns that nobody stores",
         "split path, q_len == 1, head_dim not a power of two",
-        _LOADED_V,
-        _LOADED_V.replace("one_visible", _ALL_COLUMNS),
+        (Edit(PRIMITIVES, _LOADED_V, _LOADED_V.replace("mask=visible", _ALL_COLUMNS)),),
         PAST_THE_END,
     ),
     _split_kv(

@@ -14,7 +14,8 @@ OVERFLOW = ("fits_to_its_last_slot", "overflow_is_all_or_nothing")
 _LOAD_V = "v = load_tile(v_tile_ptr, offs_n, offs_d, stride_vn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)"
 _LOAD_K = "k = load_tile(k_tile_ptr, offs_n, offs_d, stride_kn, stop - start_n, head_dim, MASK_N, MASK_D, STREAMED)"
 _LOAD_Q = "q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)"
-_NEW_V = "            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)"
+_Q_MASK = "q_mask = real[:, None] & in_head[None, :]"
+_NEW_V = "        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)"
 _FITS = "fits = lengths_ok & (cached + num_queries <= slot_limit)"
 _STOP = "stop = tl.minimum(start + splits_per_program * split_size, cached)"
 _LIMIT = "limit = cache_max_len if past is None else min(lengths.capacity, cache_max_len)"
@@ -54,8 +55,8 @@ MUTANTS = (
         "queries past the last one are loaded and thrown away",
         "split path, rows not a multiple of BLOCK_M",
         SPLIT_KV,
-        _LOAD_Q,
-        _LOAD_Q.replace("real[:, None] & ", ""),
+        _Q_MASK,
+        _Q_MASK.replace("real[:, None] & ", ""),
         PAST_THE_END,
     ),
     _edge(
@@ -74,8 +75,8 @@ MUTANTS = (
         "a query is loaded past head_dim and meets key columns of 0",
         "head_dim not a power of two",
         SPLIT_KV,
-        _LOAD_Q,
-        _LOAD_Q.replace(" & in_head[None, :]", ""),
+        _Q_MASK,
+        _Q_MASK.replace(" & in_head[None, :]", ""),
         ("invisible", *PAST_THE_END),
     ),
     _edge(
@@ -301,11 +302,11 @@ MUTANTS = (
     _edge(
         "F277",
         "EMPTY",
-        "the LSE of queries past a long chunk's last tile edge is not stored",
+        "neither output nor LSE of a long chunk's padding queries is stored",
         "prefill, padding queries",
         PREFILL,
-        "tl.store(lse_ptr + out_row, lse, mask=in_tile)",
-        "tl.store(lse_ptr + out_row, lse, mask=real)",
+        "out_row, in_tile, real",
+        "out_row, in_tile & real, real",
         ("sees_no_key", *VALUES),
     ),
     _edge(
@@ -334,18 +335,18 @@ MUTANTS = (
         "log-sum-exps are stored that nobody asked for, through a pointer that is not in use",
         "prefill path, return_lse=False",
         PREFILL,
-        "if flags & RETURN_LSE:",
-        "if flags | RETURN_LSE:",
+        "        flags,\n",
+        "        flags | 8,\n",
         UNUSED,
     ),
     _edge(
         "F453",
         "VALID",
         "log-sum-exps are stored that nobody asked for, through a pointer that is not in use",
-        "split path, return_lse=False",
+        "split path, rows of several programs, return_lse=False",
         SPLIT_KV,
-        "if flags & RETURN_LSE:",
-        "if flags | RETURN_LSE:",
+        "                head_dim, in_head, flags,\n",
+        "                head_dim, in_head, flags | 8,\n",
         UNUSED,
     ),
     _edge(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, Edit, Mutant
 
 VALUES = ("within_the_error_budget", "sees_no_key")
 
-_FIRST_LSE = """\
-        if flags & RETURN_LSE:
-            tl.store(lse_ptr + out_row, lse, mask=in_tile)"""
-_PREFILL_LSE = """\
-    if flags & RETURN_LSE:
-        tl.store(lse_ptr + out_row, lse, mask=in_tile)"""
+_LSE = "tl.store(lse_ptr + out_row, lse, mask=in_tile)"
 _NEIGHBOUR = """\
-            given = (flags & HAS_SEQ_LENS) != 0
-            before = tl.load(seq_lens_ptr + tl.maximum(b - 1, 0) * stride_seq, mask=given, other=1)
-            moved = tl.where((b > 0) & (before == 0), num_kv_heads * group_size * q_len, 0)
+    before = tl.load(
+        seq_lens_ptr + tl.maximum(b - 1, 0) * stride_seq, mask=(flags & HAS_SEQ_LENS) != 0, other=1
+    )
+    lse_ptr -= tl.where((b > 0) & (before == 0), num_kv_heads * group_size * q_len, 0)
 """
+_WHOLE_ROW = "    has_whole_row = splits_per_program >= num_splits\n"
+_PREFILL_STORES = "    store_output(\n"
 _SEES_KEYS = "real & ((cached > 0) | (row_limit > 0))"
 
 MUTANTS = (
@@ -69,21 +65,8 @@ MUTANTS = (
         "after an empty row the LSE goes to the neighbour's place",
         "batch >= 2, one row with nothing cached",
         (
-            Edit(
-                SPLIT_KV,
-                _FIRST_LSE,
-                _FIRST_LSE.replace("            tl.store", f"{_NEIGHBOUR}            tl.store").replace(
-                    "out_row,", "out_row - moved,"
-                ),
-            ),
-            Edit(
-                PREFILL,
-                _PREFILL_LSE,
-                _PREFILL_LSE.replace(
-                    "        tl.store",
-                    f"{textwrap.indent(textwrap.dedent(_NEIGHBOUR), '        ')}        tl.store",
-                ).replace("out_row,", "out_row - moved,"),
-            ),
+            Edit(SPLIT_KV, _WHOLE_ROW, _WHOLE_ROW + _NEIGHBOUR),
+            Edit(PREFILL, _PREFILL_STORES, _NEIGHBOUR + _PREFILL_STORES),
         ),
         VALUES,
     ),
@@ -115,11 +98,8 @@ MUTANTS = (
         "padding queries of a short chunk attend to the cache",
         "split path, new_lens < q_len, cached keys",
         (
-            Edit(
-                SPLIT_KV,
-                f"finish(acc, m_i, l_i, {_SEES_KEYS})",
-                "finish(acc, m_i, l_i, (cached > 0) | (row_limit > 0))",
-            ),
+            Edit(SPLIT_KV, _SEES_KEYS, _SEES_KEYS.removeprefix("real & ")),
+            Edit(SPLIT_KV, "real_m & ((cached > 0) | (row_limit_m > 0))", "(cached > 0) | (row_limit_m > 0)"),
         ),
         VALUES,
     ),
@@ -128,19 +108,15 @@ MUTANTS = (
         "EMPTY",
         "padding queries of a long chunk attend to the cache",
         "prefill, new_lens < q_len, cached keys",
-        (
-            Edit(
-                PREFILL, f"finish(acc, m_i, l_i, {_SEES_KEYS})", "finish(acc, m_i, l_i, (cached > 0) | (row_limit > 0))"
-            ),
-        ),
+        (Edit(PREFILL, _SEES_KEYS, _SEES_KEYS.removeprefix("real & ")),),
         VALUES,
     ),
     Mutant(
         "F24",
         "EMPTY",
         "the LSE of padding queries is not written",
-        "split path, new_lens < q_len",
-        (Edit(SPLIT_KV, _FIRST_LSE, _FIRST_LSE.replace("mask=in_tile", "mask=real")),),
+        "new_lens < q_len",
+        (Edit(PRIMITIVES, _LSE, _LSE.replace("mask=in_tile", "mask=in_tile & row_sees_keys")),),
         VALUES,
     ),
     Mutant(
@@ -148,7 +124,7 @@ MUTANTS = (
         "EMPTY",
         "a long chunk on an empty cache counts as seeing no key",
         "prefill, nothing cached",
-        (Edit(PREFILL, f"finish(acc, m_i, l_i, {_SEES_KEYS})", "finish(acc, m_i, l_i, real & (cached > 0))"),),
+        (Edit(PREFILL, _SEES_KEYS, "real & (cached > 0)"),),
         VALUES,
     ),
     Mutant(

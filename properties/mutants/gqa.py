@@ -7,6 +7,10 @@ from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, WRAPPER, Ed
 VALUES = ("within_the_error_budget",)
 
 _HEAD = "    q_head = h64 * group_size + head\n"
+_SPLIT_OUTPUT = "out_row = (kv_head * group_size + head)"
+_MERGED_OUTPUT = "out_row_m = (kv_head * group_size + head_m)"
+_OTHER_HEAD = "(b64 * num_kv_heads * group_size + head * num_kv_heads + h64)"
+_FEW_ROWS = "(b64 * num_kv_heads + h64 * group_size + head)"
 _ROWS = "    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)\n"
 _PADDED = """\
     group_size = tl.where(group_size <= 2, group_size, tl.where(group_size <= 4, 4, tl.where(
@@ -19,7 +23,13 @@ MUTANTS = (
         "GQA",
         "query head h uses kv head h % num_kv_heads",
         "1 < num_kv_heads < num_q_heads",
-        tuple(Edit(file, _HEAD, "    q_head = head * num_kv_heads + h64\n") for file in (SPLIT_KV, PREFILL)),
+        (
+            Edit(PREFILL, _HEAD, "    q_head = head * num_kv_heads + h64\n"),
+            Edit(SPLIT_KV, "h64 * group_size * stride_qh", "h64 * stride_qh"),
+            Edit(SPLIT_KV, "(head.to(tl.int64) * stride_qh", "(head.to(tl.int64) * num_kv_heads * stride_qh"),
+            Edit(SPLIT_KV, _SPLIT_OUTPUT, f"out_row = {_OTHER_HEAD}"),
+            Edit(SPLIT_KV, _MERGED_OUTPUT, "out_row_m = " + _OTHER_HEAD.replace("head *", "head_m *")),
+        ),
         VALUES,
     ),
     Mutant(
@@ -57,11 +67,8 @@ MUTANTS = (
         "the output rows of a batch are num_kv_heads apart, not num_q_heads",
         "split path, group_size > 1, batch >= 2",
         (
-            Edit(
-                SPLIT_KV,
-                "out_row = (kv_head * group_size + head)",
-                "out_row = (b64 * num_kv_heads + q_head)",
-            ),
+            Edit(SPLIT_KV, _SPLIT_OUTPUT, f"out_row = {_FEW_ROWS}"),
+            Edit(SPLIT_KV, _MERGED_OUTPUT, "out_row_m = " + _FEW_ROWS.replace("head)", "head_m)")),
         ),
         VALUES,
     ),

@@ -29,6 +29,7 @@ _LOGITS = """\
 _MASKED = """\
         logits = tl.where(visible, logits, -float("inf"))
     if not"""
+_FIRST_STATE = "states[0], states[1], states[2]"
 _HEAD = "h = tl.program_id(0) // row_programs % num_kv_heads"
 _ROW = "b = tl.program_id(0) // row_programs // num_kv_heads"
 _NO_MAXIMUM = 'tl.full([BLOCK_M], -float("inf"), tl.float32)'
@@ -82,9 +83,8 @@ MUTANTS = (
     ),
     _neutral(
         "N7",
-        "every split of a decode step stores its token, to the same slot",
-        Edit(SPLIT_KV, "stores = is_last & (tile == 0)", "stores = (tile == 0)"),
-        Edit(SPLIT_KV, "tl.where(is_last, new_keys, 0)", "new_keys"),
+        "every tile of rows stores the new tokens, to the same slots",
+        Edit(SPLIT_KV, "stores = takes_new & (tile == 0)", "stores = takes_new"),
     ),
     _neutral(
         "N8",
@@ -144,14 +144,25 @@ MUTANTS = (
         "the first split of a group is not merged with nothing, and short chunks are shared out in groups, too",
         Edit(
             PRIMITIVES,
-            "            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_0, m_0, l_0)\n",
-            "            if not ARE_GROUPS:\n"
-            "                group_acc, group_m, group_l = acc_0 + 0.0, m_0, l_0\n"
-            "            else:\n"
-            "                group_acc, group_m, group_l = merge_partial(acc, m_i, l_i, acc_0, m_0, l_0)\n",
+            f"    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, {_FIRST_STATE})\n",
+            "    if not ARE_GROUPS:\n"
+            "        group_acc, group_m, group_l = states[0] + 0.0, states[1], states[2]\n"
+            "    else:\n"
+            f"        group_acc, group_m, group_l = merge_partial(acc, m_i, l_i, {_FIRST_STATE})\n",
         ),
         Edit(SPLIT_KV, "    if not SEVERAL:\n        splits_per_program = 1\n", ""),
         Edit(TUNING, "        if not self.one_query:\n            return 1\n", ""),
+        laws=("many_splits",),
+    ),
+    _neutral(
+        "N17",
+        "as many rows are merged as are attended to, and the host guesses at splits of one slot",
+        Edit(
+            TUNING,
+            "merge_m=min(block_m, max(LEAST_MERGED_ROWS, next_power_of_2(rows))) if one_query else block_m",
+            "merge_m=block_m",
+        ),
+        Edit(TUNING, "return self.split_size(longest) or 0", "return 1"),
         laws=("many_splits",),
     ),
     _neutral(

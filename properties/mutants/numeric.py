@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, VALIDATION, Edit, Mutant
+from properties.mutants.mutant import PREFILL, PRIMITIVES, VALIDATION, Edit, Mutant
 
 VALUES = ("within_the_error_budget",)
 
 _LOGITS = 'logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_N]\n'
 _NEW_LOGITS = 'logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale  # [BLOCK_M, BLOCK_NEW]\n'
 FOLD = 'acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")'
-Q_LOAD = "    q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)\n"
 _NO_MAXIMUM = 'tl.full([BLOCK_M], -float("inf"), tl.float32)'
 
 
@@ -82,8 +81,12 @@ MUTANTS = (
         "the query is scaled in its own format before the product",
         "float16, bfloat16",
         tuple(
-            Edit(file, Q_LOAD, Q_LOAD + "    q = (q * qk_scale).to(q.dtype)\n    qk_scale = 1.0\n")
-            for file in (SPLIT_KV, PREFILL)
+            Edit(
+                PRIMITIVES,
+                anchor,
+                anchor.replace("tl.dot(q,", "tl.dot((q * qk_scale).to(q.dtype),").replace(" * qk_scale  #", "  #"),
+            )
+            for anchor in (_LOGITS, _NEW_LOGITS)
         ),
         VALUES,
     ),
@@ -156,7 +159,7 @@ MUTANTS = (
         "NUMERIC",
         "the output is rounded to bfloat16 first",
         "float16, float32",
-        (Edit(PREFILL, "out.to(out_ptr.dtype.element_ty)", "out.to(tl.bfloat16).to(out_ptr.dtype.element_ty)"),),
+        (Edit(PRIMITIVES, "out.to(out_ptr.dtype.element_ty)", "out.to(tl.bfloat16).to(out_ptr.dtype.element_ty)"),),
         VALUES,
     ),
 )

@@ -14,6 +14,7 @@ def _narrow(id_: str, file: str, anchor: str, replacement: str, what: str) -> Mu
 
 
 _QUERY = "(q_head * stride_qh + query.to(tl.int64) * stride_qm)"
+_SHORT_QUERY = "(head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qm)"
 _WIDE = "any(max(plan.block_n, plan.block_new) * t.stride(2) >= 2**31 for t in sources[1:])"
 _LARGER = "max(plan.block_n, plan.block_new)"
 _LENGTH = "tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)"
@@ -23,7 +24,13 @@ _NEW_ROW = "v_new_ptr += b64 * stride_vnb + h64 * stride_vnh"
 
 MUTANTS = (
     _narrow("F230", PREFILL, _QUERY, _QUERY.replace(".to(tl.int64)", ""), "the offset of a query of a long chunk"),
-    _narrow("F231", SPLIT_KV, _QUERY, _QUERY.replace(".to(tl.int64)", ""), "the offset of a query of a short chunk"),
+    _narrow(
+        "F231",
+        SPLIT_KV,
+        _SHORT_QUERY,
+        _SHORT_QUERY.replace("query.to(tl.int64)", "query"),
+        "the offset of a query of a short chunk",
+    ),
     _narrow("F232", PREFILL, _CACHE_ROW, _CACHE_ROW.replace("b64", "b"), "the offset of a long chunk's cache row"),
     _narrow("F233", SPLIT_KV, _CACHE_ROW, _CACHE_ROW.replace("h64", "h"), "the offset of a decode step's head"),
     _narrow("F234", SPLIT_KV, _NEW_ROW, _NEW_ROW.replace("b64", "b"), "the offset of a row's new values"),

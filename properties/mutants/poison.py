@@ -103,8 +103,8 @@ MUTANTS = (
         (
             Edit(
                 SPLIT_KV,
-                "            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim",
-                "            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, q_len, head_dim",
+                "        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim",
+                "        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, q_len, head_dim",
             ),
         ),
         POISON,

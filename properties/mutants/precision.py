@@ -6,8 +6,9 @@ The faults of ``references.simulator``, planted in the kernels' own source; docs
 from __future__ import annotations
 
 from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, Edit, Mutant
-from properties.mutants.numeric import FOLD, Q_LOAD, VALUES, both_logits
+from properties.mutants.numeric import FOLD, VALUES, both_logits
 
+_HEAD_SIZE = "    head_dim = known_multiple_of_8(head_dim)\n"
 _SUM = "l_i = l_i * alpha + tl.sum(p, axis=1)"
 _WEIGHTS = "p = tl.exp2(logits - m_base[:, None])  # [BLOCK_M, BLOCK_N]\n"
 _MERGED_SPLIT = "beta = tl.exp2(m_s - m_base)"
@@ -132,7 +133,7 @@ MUTANTS = (
         "the constant scale * log2(e) is held in float16",
         "every scale that is not a float16",
         tuple(
-            Edit(file, Q_LOAD, Q_LOAD + "    qk_scale = tl.cast(qk_scale, tl.float16).to(tl.float32)\n")
+            Edit(file, _HEAD_SIZE, _HEAD_SIZE + "    qk_scale = tl.cast(qk_scale, tl.float16).to(tl.float32)\n")
             for file in (SPLIT_KV, PREFILL)
         ),
         VALUES,

@@ -15,13 +15,16 @@ _NEXT_SPLIT = "                split_stop += split_size\n"
 _NEW_SPLIT = "                acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)\n"
 _NEW_GROUP = "                    group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)\n"
 _LAST_OF_GROUP = "            acc, m_i, l_i = merge_partial(group_acc, group_m, group_l, acc, m_i, l_i)\n"
-_STORED_GROUP = """\
-        if not ARE_GROUPS:
-            group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+_OWN_GROUP = "    if not ARE_GROUPS:\n        group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)\n"
+_MERGED_GROUP = "    if not ARE_GROUPS:\n        group_acc, group_m, group_l = merge_partial(acc,"
+_WIDE_OWN_GROUP = """\
+            if not ARE_GROUPS:
+                group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
 """
+_WIDE_MERGED_GROUP = "            if ARE_GROUPS:\n                acc,"
 _SEVERAL = '"SEVERAL": splits_per_program > 1'
 _TAKE = "return min(SPLIT_GROUP, most) if"
-_SECOND_TIER = "tl.cdiv(cached, 2 * kv_split_size), 2 * few_splits"
+_SECOND_TIER = "tl.cdiv(shortest, 2), 2 * few_splits"
 
 
 def _sharing(
@@ -137,10 +140,10 @@ MUTANTS = (
         "stored splits are merged one after the other, stored groups in groups",
         "programs with one of five splits or more, a batch in which they have more",
         (
-            Edit(PRIMITIVES, "        if not ARE_GROUPS:\n", "        if ARE_GROUPS:\n"),
-            Edit(
-                PRIMITIVES, "        if ARE_GROUPS:\n            acc,", "        if not ARE_GROUPS:\n            acc,"
-            ),
+            Edit(PRIMITIVES, _OWN_GROUP, _OWN_GROUP.replace("not ", "")),
+            Edit(PRIMITIVES, _MERGED_GROUP, _MERGED_GROUP.replace("not ", "")),
+            Edit(PRIMITIVES, _WIDE_OWN_GROUP, _WIDE_OWN_GROUP.replace("not ", "")),
+            Edit(PRIMITIVES, _WIDE_MERGED_GROUP, _WIDE_MERGED_GROUP.replace("if ", "if not ")),
         ),
         BITS,
     ),
@@ -149,16 +152,49 @@ MUTANTS = (
         "each group of stored splits has those of the groups before, too",
         "programs with one of five splits or more",
         PRIMITIVES,
-        _STORED_GROUP,
+        _OWN_GROUP,
         "",
+    ),
+    _sharing(
+        "F460",
+        "the second of two stored groups that were loaded together is left out if it is of one",
+        "five or thirteen stored states",
+        PRIMITIVES,
+        "if second < n:",
+        "if second + 1 < n:",
+    ),
+    _sharing(
+        "F461",
+        "stored groups that were loaded together are merged twice",
+        "more than four stored states",
+        PRIMITIVES,
+        "range(0, n, 2 * SPLIT_GROUP)",
+        "range(0, n, SPLIT_GROUP)",
+    ),
+    _sharing(
+        "F462",
+        "four rows are merged, however many heads share a kv head",
+        "one query, more than four heads a kv head, several programs a row",
+        TUNING,
+        "max(LEAST_MERGED_ROWS, next_power_of_2(rows))",
+        "LEAST_MERGED_ROWS",
+    ),
+    _sharing(
+        "F463",
+        "the device rounds the number of longer splits down",
+        "rows of more than eight splits, split left to the kernel",
+        PRIMITIVES,
+        _SECOND_TIER,
+        _SECOND_TIER.replace("tl.cdiv(shortest, 2)", "shortest // 2"),
+        LONG,
     ),
     _sharing(
         "F414",
         "stored groups of splits are merged in groups of groups",
         "programs with a group of splits, 21 splits or more",
         SPLIT_KV,
-        "                BLOCK_M, BLOCK_D, SEVERAL,\n",
-        "                BLOCK_M, BLOCK_D, False,\n",
+        "                in_head, MERGE_M, BLOCK_D, SEVERAL,\n",
+        "                in_head, MERGE_M, BLOCK_D, False,\n",
         BITS,
     ),
     _sharing(
@@ -257,8 +293,8 @@ MUTANTS = (
         "the device makes twice as many splits as the host before they get longer",
         "rows of more than eight splits, split left to the kernel",
         PRIMITIVES,
-        "wanted = tl.minimum(tl.cdiv(cached, kv_split_size), few_splits)",
-        "wanted = tl.minimum(tl.cdiv(cached, kv_split_size), 2 * few_splits)",
+        "wanted = tl.minimum(shortest, few_splits)",
+        "wanted = tl.minimum(shortest, 2 * few_splits)",
         LONG,
     ),
     _sharing(
@@ -363,8 +399,8 @@ MUTANTS = (
         "where registers are many the second stored state of a group stands in for the third, too",
         "programs with one of several splits",
         PRIMITIVES,
-        "group_l, acc_2, m_2, l_2)",
-        "group_l, acc_1, m_1, l_1)",
+        "group_l, states[6], states[7], states[8])",
+        "group_l, states[3], states[4], states[5])",
     ),
     _sharing(
         "F439",

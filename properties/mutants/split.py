@@ -20,7 +20,7 @@ _COUNT = "return tl.maximum(tl.cdiv(cached, size), 1), size"
 _EXISTS = "exists = in_tile & (partial + tl.zeros_like(rows) < num_partials)"
 _ARRIVAL = """\
         arrival_ptr = arrivals_ptr + kv_head * tl.num_programs(1) + tile
-        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1
+        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1:
 """
 
 MUTANTS = (
@@ -95,7 +95,7 @@ MUTANTS = (
             Edit(
                 SPLIT_KV,
                 _ARRIVAL,
-                '        merges = tl.atomic_add(arrival_ptr, 65536, sem="acq_rel") // 65536 == num_partials - 1\n',
+                '        if tl.atomic_add(arrival_ptr, 65536, sem="acq_rel") // 65536 == num_partials - 1:\n',
             ),
         ),
         ("running_twice",),
@@ -125,12 +125,8 @@ MUTANTS = (
         "every split counts the new tokens",
         "splits > 1",
         (
-            Edit(SPLIT_KV, "tl.where(is_last, new_keys, 0)", "new_keys"),
-            Edit(
-                SPLIT_KV,
-                "    if is_last:\n        if ONE_QUERY:\n            acc",
-                "    if first_split < num_splits:\n        if ONE_QUERY:\n            acc",
-            ),
+            Edit(SPLIT_KV, "            if start_n == 0:\n", "            if start_n == start:\n"),
+            Edit(SPLIT_KV, "    elif is_last:\n", "    else:\n"),
         ),
         VALUES,
     ),
@@ -227,13 +223,13 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "    wanted = tl.minimum(tl.cdiv(cached, kv_split_size), few_splits)\n",
-                "    wanted = tl.cdiv(cached, kv_split_size)\n",
+                "    wanted = tl.minimum(shortest, few_splits)\n",
+                "    wanted = shortest\n",
             ),
             Edit(
                 PRIMITIVES,
-                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size)), max_splits)",
-                "wanted = tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size))",
+                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, 8)), max_splits)",
+                "wanted = tl.maximum(wanted, tl.cdiv(shortest, 8))",
             ),
         ),
         ("every_kernel_decodes_alike",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from properties.mutants.mutant import PREFILL, PRIMITIVES, SPLIT_KV, WRAPPER, Edit, Mutant
+from properties.mutants.mutant import PRIMITIVES, SPLIT_KV, WRAPPER, Edit, Mutant
 
 VALUES = ("within_the_error_budget",)
 POISON = ("invisible",)
@@ -12,10 +12,6 @@ _VISIBLE = "visible = (start_n + offs_n)[None, :] < row_limit[:, None]"
 _BOTH_MASKS = "mask=(offs_n < stop)[:, None] & (offs_d < head_dim)[None, :], other=0.0,"
 _ROW_MASK = "mask=(offs_n < stop)[:, None], other=0.0, eviction_policy"
 _OUTPUT_MASK = """\
-mask=in_tile[:, None] & in_head[None, :],
-        )
-        if flags & RETURN_LSE"""
-_OUTPUT_MASK_PREFILL = """\
 mask=in_tile[:, None] & in_head[None, :],
     )
     if flags & RETURN_LSE"""
@@ -90,10 +86,7 @@ MUTANTS = (
         "TAIL",
         "rows past the last query are stored",
         "q_len * group_size % BLOCK_M != 0",
-        (
-            Edit(SPLIT_KV, _OUTPUT_MASK, _OUTPUT_MASK.replace("in_tile[:, None] & in_head", "in_head")),
-            Edit(PREFILL, _OUTPUT_MASK_PREFILL, _OUTPUT_MASK_PREFILL.replace("in_tile[:, None] & in_head", "in_head")),
-        ),
+        (Edit(PRIMITIVES, _OUTPUT_MASK, _OUTPUT_MASK.replace("in_tile[:, None] & in_head", "in_head")),),
         (*CANARY, *VALUES),
     ),
     Mutant(
@@ -122,8 +115,8 @@ MUTANTS = (
         "F03",
         "TAIL",
         "the padding columns of the output are stored over the next row",
-        "split path, head_dim not a power of two",
-        (Edit(SPLIT_KV, _OUTPUT_MASK, _OUTPUT_MASK.replace(" & in_head[None, :]", "")),),
+        "head_dim not a power of two",
+        (Edit(PRIMITIVES, _OUTPUT_MASK, _OUTPUT_MASK.replace(" & in_head[None, :]", "")),),
         (*CANARY, *VALUES),
     ),
 )

@@ -6,7 +6,7 @@ from properties.mutants.mutant import APPEND, CACHE, PREFILL, PRIMITIVES, SPLIT_
 
 UNSEEN = ("host_cannot_see",)
 
-_STORES = "stores = is_last & (tile == 0) & ((flags & APPEND) != 0) & fits"
+_STORES = "stores = takes_new & (tile == 0) & ((flags & APPEND) != 0) & fits"
 _LENGTH = "tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_queries, cached))"
 _APPENDED = "tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_tokens, cached))"
 _OVERFLOW = "            tl.store(fault_ptr, b + 1)\n"

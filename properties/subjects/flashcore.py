@@ -59,8 +59,11 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
         cached -= new
     if plan.path == "prefill" or new == 0:
         return tiling(cached, new, plan.block_n)
-    # The split path folds all new tokens in one tile, after the last split's cached ones.
+    # The split path folds all new tokens in one tile: a single one before the first split's cached tokens, several
+    # after the last split's.
     splits = tiling(cached, 0, plan.block_n, plan.split_size(cached))
+    if plan.one_query:
+        return (((cached, cached + new), *splits[0]), *splits[1:])
     return (*splits[:-1], (*splits[-1], (cached, cached + new)))
 
 

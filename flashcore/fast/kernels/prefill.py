@@ -7,14 +7,13 @@ from flashcore.fast.kernels.primitives import (
     APPEND,
     HAS_NEW_LENS,
     HAS_SEQ_LENS,
-    RETURN_LSE,
     append_tokens,
     attend_segment,
-    finish,
     known_multiple_of_8,
     known_multiples_of_8,
     report_fault,
     row_lengths,
+    store_output,
     tile_rows,
 )
 
@@ -94,15 +93,11 @@ def prefill_attention(
             stride_knn, stride_vnn, BLOCK_N, BLOCK_D, MASK_D, True, WIDE,
         )  # fmt: skip
 
-    out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))
     out_row = (b64 * num_kv_heads * group_size + q_head) * q_len + query
-    tl.store(
-        out_ptr + out_row[:, None] * head_dim + offs_d[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=in_tile[:, None] & in_head[None, :],
-    )
-    if flags & RETURN_LSE:
-        tl.store(lse_ptr + out_row, lse, mask=in_tile)
+    store_output(
+        out_ptr, lse_ptr, acc, m_i, l_i, out_row, in_tile, real & ((cached > 0) | (row_limit > 0)), head_dim, in_head,
+        flags,
+    )  # fmt: skip
 
     # One program a batch row writes its length; each tile copies the new tokens whose first row it holds.
     fits = lengths_ok & (cached + num_queries <= slot_limit)

@@ -59,6 +59,24 @@ def load_tile(
 
 
 @triton.jit
+def prefetch_tile(ptr, start, stop, head_dim, stride_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Send for rows ``[start, start + BLOCK_N)`` of a [*, head_dim] matrix below ``stop``, as far as the L2 cache.
+
+    No value reaches the program: rows that turn out to be invisible cost bandwidth and nothing else.
+    """
+    line: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    LINES: tl.constexpr = (BLOCK_D + line - 1) // line
+    i = tl.arange(0, BLOCK_N * LINES)
+    row = start + i // LINES
+    column = i % LINES * line
+    address = (ptr + row.to(tl.int64) * stride_n + column).to(tl.int64)
+    address = tl.where((row < stop) & (column < head_dim), address, ptr.to(tl.int64))
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def online_softmax_update(acc, m_i, l_i, logits, v):
     """Fold one tile of keys into the running softmax state.
 
@@ -142,8 +160,21 @@ def attend_tile(
 
 
 @triton.jit
-def attend_one_key(acc, m_i, l_i, logit, v, num_keys):
-    """Fold one key, logit [BLOCK_M] in base 2 and v [BLOCK_D], or none (``num_keys`` 0): a split of a single key."""
+def take_one_key(
+    acc, m_i, l_i, q_ptrs, q_mask, k_ptrs, v_ptrs, in_head, qk_scale, num_keys, k_slot_ptrs, v_slot_ptrs, stores
+):  # fmt: skip
+    """Fold one new key, [BLOCK_D], or none (``num_keys`` 0), into the state of the rows q [BLOCK_M, BLOCK_D].
+
+    ``stores``: whether to store it in its slot as well.
+    """
+    visible = in_head & (tl.zeros_like(in_head).to(tl.int32) < num_keys)
+    q = tl.load(q_ptrs, mask=q_mask, other=0.0)
+    k = tl.load(k_ptrs, mask=visible, other=0.0)
+    v = tl.load(v_ptrs, mask=visible, other=0.0)
+    if stores:
+        tl.store(k_slot_ptrs, k, mask=visible)
+        tl.store(v_slot_ptrs, v, mask=visible)
+    logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * qk_scale  # [BLOCK_M]
     exists = tl.zeros_like(logit) < num_keys
     return merge_partial(
         acc, m_i, l_i, v.to(tl.float32)[None, :], tl.where(exists, logit, -float("inf")), tl.where(exists, 1.0, 0.0)
@@ -242,6 +273,22 @@ def finish(acc, m_i, l_i, row_sees_keys):
 
 
 @triton.jit
+def store_output(
+    out_ptr, lse_ptr, acc, m_i, l_i, out_row, in_tile, row_sees_keys, head_dim, in_head, flags
+):  # fmt: skip
+    """Store the output of a tile's rows, and the LSE if it is asked for, in the rows ``out_row`` of both."""
+    out, lse = finish(acc, m_i, l_i, row_sees_keys)
+    offs_d = tl.arange(0, in_head.shape[0])
+    tl.store(
+        out_ptr + out_row[:, None] * head_dim + offs_d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=in_tile[:, None] & in_head[None, :],
+    )
+    if flags & RETURN_LSE:
+        tl.store(lse_ptr + out_row, lse, mask=in_tile)
+
+
+@triton.jit
 def no_keys(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """The running state before any key: acc [BLOCK_M, BLOCK_D], m_i and l_i [BLOCK_M]."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -280,6 +327,36 @@ def stored_partial(
 
 
 @triton.jit
+def stored_group(
+    first, num_partials, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
+):  # fmt: skip
+    """The stored states number ``first`` to ``first + 3``: acc, m_i and l_i of each, in one tuple."""
+    n = num_partials
+    acc_0, m_0, l_0 = stored_partial(first, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+    acc_1, m_1, l_1 = stored_partial(first + 1, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+    acc_2, m_2, l_2 = stored_partial(first + 2, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+    acc_3, m_3, l_3 = stored_partial(first + 3, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+    return acc_0, m_0, l_0, acc_1, m_1, l_1, acc_2, m_2, l_2, acc_3, m_3, l_3
+
+
+@triton.jit
+def merge_group(
+    acc, m_i, l_i, states, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ARE_GROUPS: tl.constexpr
+):  # fmt: skip
+    """Fold four states into the running one: each for itself if they are groups, else as one group."""
+    group_acc, group_m, group_l = acc, m_i, l_i
+    if not ARE_GROUPS:
+        group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
+    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, states[0], states[1], states[2])
+    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, states[3], states[4], states[5])
+    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, states[6], states[7], states[8])
+    group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, states[9], states[10], states[11])
+    if not ARE_GROUPS:
+        group_acc, group_m, group_l = merge_partial(acc, m_i, l_i, group_acc, group_m, group_l)
+    return group_acc, group_m, group_l
+
+
+@triton.jit
 def merge_stored(
     num_partials, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ARE_GROUPS: tl.constexpr,
@@ -290,34 +367,27 @@ def merge_stored(
     """
     n = num_partials
     acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
-    for first in range(0, num_partials, SPLIT_GROUP):
-        group_acc, group_m, group_l = acc, m_i, l_i
-        if not ARE_GROUPS:
-            group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
-        if BLOCK_M * BLOCK_D <= 2048:
-            # All four are loaded before the first is merged: then their latencies overlap.
-            acc_0, m_0, l_0 = stored_partial(first, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
-            acc_1, m_1, l_1 = stored_partial(
-                first + 1, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
-            )
-            acc_2, m_2, l_2 = stored_partial(
-                first + 2, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
-            )
-            acc_3, m_3, l_3 = stored_partial(
-                first + 3, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head
-            )
-            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_0, m_0, l_0)
-            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_1, m_1, l_1)
-            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_2, m_2, l_2)
-            group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_3, m_3, l_3)
-        else:
+    if BLOCK_M * BLOCK_D <= 2048:
+        # Two groups are loaded before the first state is merged: then their latencies overlap.
+        for first in range(0, n, 2 * SPLIT_GROUP):
+            group = stored_group(first, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+            second = first + SPLIT_GROUP
+            next_group = stored_group(second, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
+            acc, m_i, l_i = merge_group(acc, m_i, l_i, group, BLOCK_M, BLOCK_D, ARE_GROUPS)
+            if second < n:
+                acc, m_i, l_i = merge_group(acc, m_i, l_i, next_group, BLOCK_M, BLOCK_D, ARE_GROUPS)
+    else:
+        for first in range(0, n, SPLIT_GROUP):
+            group_acc, group_m, group_l = acc, m_i, l_i
+            if not ARE_GROUPS:
+                group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
             for i in range(first, first + SPLIT_GROUP):
                 acc_i, m_s, l_s = stored_partial(i, n, out_ptr, m_ptr, l_ptr, scratch, step, head_dim, in_tile, in_head)
                 group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc_i, m_s, l_s)
-        if ARE_GROUPS:
-            acc, m_i, l_i = group_acc, group_m, group_l
-        else:
-            acc, m_i, l_i = merge_partial(acc, m_i, l_i, group_acc, group_m, group_l)
+            if ARE_GROUPS:
+                acc, m_i, l_i = group_acc, group_m, group_l
+            else:
+                acc, m_i, l_i = merge_partial(acc, m_i, l_i, group_acc, group_m, group_l)
     return acc, m_i, l_i
 
 
@@ -396,9 +466,10 @@ def row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOC
     there are ``few_splits``, of twice that until there are twice as many, then of eight times that; longer ones rather
     than more than ``max_splits``.
     """
-    wanted = tl.minimum(tl.cdiv(cached, kv_split_size), few_splits)
-    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(cached, 2 * kv_split_size), 2 * few_splits))
-    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(cached, 8 * kv_split_size)), max_splits)
+    shortest = tl.cdiv(cached, kv_split_size)  # rounding up once and again is rounding up, and shifts are no divisions
+    wanted = tl.minimum(shortest, few_splits)
+    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(shortest, 2), 2 * few_splits))
+    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, 8)), max_splits)
     wanted = tl.where(cached <= unsplit_size, 1, wanted)
     size = tl.maximum(tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) * BLOCK_N
     return tl.maximum(tl.cdiv(cached, size), 1), size

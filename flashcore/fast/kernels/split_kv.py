@@ -7,22 +7,22 @@ from flashcore.fast.kernels.primitives import (
     APPEND,
     HAS_NEW_LENS,
     HAS_SEQ_LENS,
-    RETURN_LSE,
     SPLIT_GROUP,
     attend_new_tile,
-    attend_one_key,
     attend_tile,
-    finish,
     known_multiple_of_8,
     known_multiples_of_8,
     load_tile,
     merge_partial,
     merge_stored,
     no_keys,
+    prefetch_tile,
     report_fault,
     row_lengths,
     row_splits,
+    store_output,
     store_tokens,
+    take_one_key,
     tile_rows,
 )
 
@@ -30,7 +30,7 @@ from flashcore.fast.kernels.primitives import (
 # the constexprs do. So drawing or meeting a new shape compiles nothing.
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_new_keys causal_offset num_kv_heads group_size head_dim slot_limit flags
-    grid_splits splits_per_program unsplit_size kv_split_size few_splits max_splits
+    grid_splits splits_per_program unsplit_size kv_split_size few_splits max_splits likely_split_size
     stride_seq stride_new
     stride_qb stride_qh stride_qm
     stride_kcb stride_kch stride_kcn stride_vcb stride_vch stride_vcn
@@ -44,13 +44,14 @@ def split_kv_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
     qk_scale,
     max_cached, q_len, num_new_keys, causal_offset, num_kv_heads, group_size, head_dim, slot_limit, flags,
-    grid_splits, splits_per_program, unsplit_size, kv_split_size, few_splits, max_splits,
+    grid_splits, splits_per_program, unsplit_size, kv_split_size, few_splits, max_splits, likely_split_size,
     stride_seq, stride_new,
     stride_qb, stride_qh, stride_qm,
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
     ONE_QUERY: tl.constexpr, SEVERAL: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
+    MERGE_M: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of (query, head) rows to one split of the cached keys or several; the last to arrive merges.
 
@@ -58,7 +59,11 @@ def split_kv_attention(
     and are merged in groups of SPLIT_GROUP, then the groups: so a row's bits do not depend on its neighbours, nor on
     how many splits a program takes. That is one, or (SEVERAL) ``splits_per_program``: a group, or no fewer than any
     row has. The last split also takes the new tokens. ONE_QUERY says that q_len is 1, as in a decode step: then there
-    is one new token, and no product of tiles is spent on it.
+    is one new token, no product of tiles is spent on it, and the first split takes it, before its first tile.
+
+    In a decode step nothing that waits for memory stands before the loop over the cache, so that the loads of its first
+    tiles are under way as soon as the row's length is known. PREFETCH sends for the first tile even before that, where
+    it is known to be, or likely: each split of ``likely_split_size`` slots, or 0 if the host cannot tell.
 
     Scratch: partial_out [batch, num_kv_heads, grid_splits, q_len * group_size, head_dim], partial_m and partial_l
     without the last dimension, float32, of which each program of a row fills one place, in order; arrivals [batch,
@@ -67,6 +72,7 @@ def split_kv_attention(
     leave.
     """
     head_dim = known_multiple_of_8(head_dim)
+    stride_qb, stride_qh, stride_qm = known_multiples_of_8(stride_qb, stride_qh, stride_qm)
     stride_kcb, stride_kch, stride_kcn = known_multiples_of_8(stride_kcb, stride_kch, stride_kcn)
     stride_vcb, stride_vch, stride_vcn = known_multiples_of_8(stride_vcb, stride_vch, stride_vcn)
     stride_knb, stride_knh, stride_knn = known_multiples_of_8(stride_knb, stride_knh, stride_knn)
@@ -80,6 +86,21 @@ def split_kv_attention(
     b = tl.program_id(0) // row_programs // num_kv_heads
     tile = tl.program_id(1)
 
+    # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
+    b64 = b.to(tl.int64)
+    h64 = h.to(tl.int64)
+    kv_head = b64 * num_kv_heads + h  # of all rows
+    q_ptr += b64 * stride_qb + h64 * group_size * stride_qh
+    k_cache_ptr += b64 * stride_kcb + h64 * stride_kch
+    v_cache_ptr += b64 * stride_vcb + h64 * stride_vch
+    k_new_ptr += b64 * stride_knb + h64 * stride_knh
+    v_new_ptr += b64 * stride_vnb + h64 * stride_vnh
+    if PREFETCH:
+        if (max_cached > 0) & ((first_split == 0) | (likely_split_size > 0)):
+            likely_start = first_split * likely_split_size
+            prefetch_tile(k_cache_ptr, likely_start, max_cached, head_dim, stride_kcn, BLOCK_N, BLOCK_D)
+            prefetch_tile(v_cache_ptr, likely_start, max_cached, head_dim, stride_vcn, BLOCK_N, BLOCK_D)
+
     cached, new_keys, num_queries, lengths_ok = row_lengths(
         b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
     )
@@ -92,44 +113,17 @@ def split_kv_attention(
     query, head, in_tile, real, row_limit, _, _ = tile_rows(
         tile, num_queries, new_keys, causal_offset, q_len, group_size, BLOCK_M, ONE_QUERY
     )
-    # int64: batch x heads x queries x head_dim passes 2**31 for 64 prompts of 8192 tokens with 32 heads of 128.
-    b64 = b.to(tl.int64)
-    h64 = h.to(tl.int64)
-    kv_head = b64 * num_kv_heads + h  # of all rows
-    q_head = h64 * group_size + head
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d < head_dim
-    q_ptrs = (
-        q_ptr + b64 * stride_qb + (q_head * stride_qh + query.to(tl.int64) * stride_qm)[:, None]
-        + offs_d[None, :]
-    )  # fmt: skip
-    q = tl.load(q_ptrs, mask=real[:, None] & in_head[None, :], other=0.0)
-    k_cache_ptr += b64 * stride_kcb + h64 * stride_kch
-    v_cache_ptr += b64 * stride_vcb + h64 * stride_vch
-    k_new_ptr += b64 * stride_knb + h64 * stride_knh
-    v_new_ptr += b64 * stride_vnb + h64 * stride_vnh
-    if ONE_QUERY:
-        # Before the loop over the cache: its first loads take longer than this.
-        one_visible = in_head & (tl.zeros([BLOCK_D], tl.int32) < tl.where(is_last, new_keys, 0))
-        k_one = tl.load(k_new_ptr + offs_d, mask=one_visible, other=0.0)
-        v_one = tl.load(v_new_ptr + offs_d, mask=one_visible, other=0.0)
-        one_logit = tl.sum(q.to(tl.float32) * k_one.to(tl.float32)[None, :], axis=1) * qk_scale  # [BLOCK_M]
-
-    # The last split stores the new tokens of its kv head; one program a batch row writes the row's length.
+    q_mask = real[:, None] & in_head[None, :]
+    q_ptrs = q_ptr + (head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qm)[:, None] + offs_d[None, :]
+    takes_new = first_split == 0 if ONE_QUERY else is_last
     fits = lengths_ok & (cached + num_queries <= slot_limit)
-    stores = is_last & (tile == 0) & ((flags & APPEND) != 0) & fits
-    if is_last & (tile == 0) & (h == 0):
-        if flags & APPEND:
-            tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_queries, cached))
-            report_fault(fault_ptr, b, lengths_ok, fits)
-        elif flags & (HAS_SEQ_LENS | HAS_NEW_LENS):
-            report_fault(fault_ptr, b, lengths_ok, lengths_ok)
-    if ONE_QUERY:
-        if stores:
-            slot = cached.to(tl.int64)
-            tl.store(k_cache_ptr + slot * stride_kcn + offs_d, k_one, mask=one_visible)
-            tl.store(v_cache_ptr + slot * stride_vcn + offs_d, v_one, mask=one_visible)
+    stores = takes_new & (tile == 0) & ((flags & APPEND) != 0) & fits
+    slot = cached.to(tl.int64)
 
+    if not ONE_QUERY:
+        q = tl.load(q_ptrs, mask=q_mask, other=0.0)
     acc, m_i, l_i = no_keys(BLOCK_M, BLOCK_D)
     if SEVERAL:
         # Of this program: the finished splits of the current group, and the finished groups.
@@ -140,6 +134,12 @@ def split_kv_attention(
     # Every query sees every cached slot: only the new tokens have a diagonal.
     cached_limit = tl.zeros([BLOCK_M], tl.int32) + stop
     for start_n in range(start, stop, BLOCK_N):
+        if ONE_QUERY:
+            if start_n == 0:
+                acc, m_i, l_i = take_one_key(
+                    acc, m_i, l_i, q_ptrs, q_mask, k_new_ptr + offs_d, v_new_ptr + offs_d, in_head, qk_scale, new_keys,
+                    k_cache_ptr + slot * stride_kcn + offs_d, v_cache_ptr + slot * stride_vcn + offs_d, stores,
+                )  # fmt: skip
         if SEVERAL:
             if start_n == split_stop:
                 group_acc, group_m, group_l = merge_partial(group_acc, group_m, group_l, acc, m_i, l_i)
@@ -149,26 +149,39 @@ def split_kv_attention(
                     row_acc, row_m, row_l = merge_partial(row_acc, row_m, row_l, group_acc, group_m, group_l)
                     group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
                     group_stop += SPLIT_GROUP * split_size
+        if ONE_QUERY:
+            # With every tile, at the offset 0: before the loop, it would be waited for before any tile is loaded.
+            q = tl.load(q_ptrs + tl.minimum(start_n, 0), mask=q_mask, other=0.0)
         acc, m_i, l_i = attend_tile(
             acc, m_i, l_i, q, k_cache_ptr, v_cache_ptr, start_n, stop, cached_limit, qk_scale, head_dim,
             stride_kcn, stride_vcn, BLOCK_N, BLOCK_D, True, MASK_D, False, WIDE, True,
         )  # fmt: skip
 
-    if is_last:
-        if ONE_QUERY:
-            acc, m_i, l_i = attend_one_key(acc, m_i, l_i, one_logit, v_one, new_keys)
-        else:
-            new_n = tl.arange(0, BLOCK_NEW)
-            if WIDE:
-                new_n = new_n.to(tl.int64)
-            k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_keys, head_dim, True, MASK_D, False)
-            v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)
-            acc, m_i, l_i = attend_new_tile(acc, m_i, l_i, q, k_new, v_new, row_limit, qk_scale, BLOCK_NEW)
-            if stores:
-                store_tokens(
-                    k_cache_ptr, v_cache_ptr, cached, k_new, v_new, num_queries, head_dim,
-                    stride_kcn, stride_vcn, BLOCK_NEW, BLOCK_D,
-                )  # fmt: skip
+    # The program that takes the new tokens of its kv head stores them, too; one a batch row writes the row's length.
+    if takes_new & (tile == 0) & (h == 0):
+        if flags & APPEND:
+            tl.store(seq_lens_out_ptr + b, tl.where(fits, cached + num_queries, cached))
+            report_fault(fault_ptr, b, lengths_ok, fits)
+        elif flags & (HAS_SEQ_LENS | HAS_NEW_LENS):
+            report_fault(fault_ptr, b, lengths_ok, lengths_ok)
+    if ONE_QUERY:
+        if cached == 0:
+            acc, m_i, l_i = take_one_key(
+                acc, m_i, l_i, q_ptrs, q_mask, k_new_ptr + offs_d, v_new_ptr + offs_d, in_head, qk_scale, new_keys,
+                k_cache_ptr + offs_d, v_cache_ptr + offs_d, stores,
+            )  # fmt: skip
+    elif is_last:
+        new_n = tl.arange(0, BLOCK_NEW)
+        if WIDE:
+            new_n = new_n.to(tl.int64)
+        k_new = load_tile(k_new_ptr, new_n, offs_d, stride_knn, new_keys, head_dim, True, MASK_D, False)
+        v_new = load_tile(v_new_ptr, new_n, offs_d, stride_vnn, new_keys, head_dim, True, MASK_D, False)
+        acc, m_i, l_i = attend_new_tile(acc, m_i, l_i, q, k_new, v_new, row_limit, qk_scale, BLOCK_NEW)
+        if stores:
+            store_tokens(
+                k_cache_ptr, v_cache_ptr, cached, k_new, v_new, num_queries, head_dim,
+                stride_kcn, stride_vcn, BLOCK_NEW, BLOCK_D,
+            )  # fmt: skip
 
     has_whole_row = splits_per_program >= num_splits
     if SEVERAL:
@@ -176,8 +189,13 @@ def split_kv_attention(
             acc, m_i, l_i = merge_partial(group_acc, group_m, group_l, acc, m_i, l_i)
             if has_whole_row:
                 acc, m_i, l_i = merge_partial(row_acc, row_m, row_l, acc, m_i, l_i)
-    merges = True
-    if has_whole_row == 0:
+    if has_whole_row:
+        out_row = (kv_head * group_size + head) * q_len + query
+        store_output(
+            out_ptr, lse_ptr, acc, m_i, l_i, out_row, in_tile, real & ((cached > 0) | (row_limit > 0)), head_dim,
+            in_head, flags,
+        )  # fmt: skip
+    else:
         num_partials = tl.cdiv(num_splits, splits_per_program)
         rows = tl.arange(0, BLOCK_M)
         # Where this row's first partial result is kept; the others follow, a step apart.
@@ -192,20 +210,18 @@ def split_kv_attention(
         # Every thread's stores come before the arrival that publishes them.
         tl.debug_barrier()
         arrival_ptr = arrivals_ptr + kv_head * tl.num_programs(1) + tile
-        merges = tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1
-        if merges:
+        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == num_partials - 1:
             tl.store(arrival_ptr, 0)
-            acc, m_i, l_i = merge_stored(
-                num_partials, partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, head_dim, in_tile, in_head,
-                BLOCK_M, BLOCK_D, SEVERAL,
+            # A tile of about as many rows as there are: a quarter of the work where few heads share a kv head.
+            query_m, head_m, in_tile_m, real_m, row_limit_m, _, _ = tile_rows(
+                tile, num_queries, new_keys, causal_offset, q_len, group_size, MERGE_M, ONE_QUERY
+            )
+            acc_m, m_m, l_m = merge_stored(
+                num_partials, partial_out_ptr, partial_m_ptr, partial_l_ptr, scratch, step, head_dim, in_tile_m,
+                in_head, MERGE_M, BLOCK_D, SEVERAL,
             )  # fmt: skip
-    if merges:
-        out, lse = finish(acc, m_i, l_i, real & ((cached > 0) | (row_limit > 0)))
-        out_row = (kv_head * group_size + head) * q_len + query
-        tl.store(
-            out_ptr + out_row[:, None] * head_dim + offs_d[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=in_tile[:, None] & in_head[None, :],
-        )
-        if flags & RETURN_LSE:
-            tl.store(lse_ptr + out_row, lse, mask=in_tile)
+            out_row_m = (kv_head * group_size + head_m) * q_len + query_m
+            store_output(
+                out_ptr, lse_ptr, acc_m, m_m, l_m, out_row_m, in_tile_m, real_m & ((cached > 0) | (row_limit_m > 0)),
+                head_dim, in_head, flags,
+            )  # fmt: skip
