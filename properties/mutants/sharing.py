@@ -180,15 +180,6 @@ MUTANTS = (
         "LEAST_MERGED_ROWS",
     ),
     _sharing(
-        "F463",
-        "the device rounds the number of longer splits down",
-        "rows of more than eight splits, split left to the kernel",
-        PRIMITIVES,
-        _SECOND_TIER,
-        _SECOND_TIER.replace("tl.cdiv(shortest, 2)", "shortest // 2"),
-        LONG,
-    ),
-    _sharing(
         "F414",
         "stored groups of splits are merged in groups of groups",
         "programs with a group of splits, 21 splits or more",
