@@ -42,7 +42,7 @@ SPLIT_GROUP = 4
 
 
 LEAST_MERGED_ROWS = 4
-"""The smallest tile that merges stored splits: smaller ones gain nothing and would be kernels of their own."""
+"""Rows of the smallest tile that merges stored splits: each size is a kernel of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
