@@ -530,6 +530,14 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
             **plan.compiler_options(),
         )  # fmt: skip
         return
+    if plan.path == "prefill_sm90":
+        from flashcore.fast import sm90
+
+        sm90.launch(
+            row_tiles * num_kv_heads * batch, plan, sources[1:],
+            (*outputs, fault, *pointers, problem.qk_scale, *sizes, row_tiles, flags, *strides),
+        )  # fmt: skip
+        return
     grid_splits = plan.grid_splits(problem.max_cached)
     splits_per_program = plan.splits_per_program(
         row_tiles * num_kv_heads * batch,

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+import triton
 
-Path = Literal["split", "prefill"]
+Path = Literal["split", "prefill", "prefill_sm90"]
 
 SPLIT_ROWS = 32
 """Calls with at most this many (query, head) rows a kv head split the keys; longer ones have tiles enough."""
@@ -30,6 +31,15 @@ FEW_SPLITS = 8
 
 CHUNK_SPLIT_BYTES = 128 * 1024
 """Keys and values of a split where several queries are new, and a program never takes several splits."""
+
+SM90_HEAD_DIM = 128
+"""What the prefill kernel for Hopper takes, in 16-bit formats."""
+
+SM90_BLOCKS = {64: (64, 3, 128), 128: (128, 2, 168)}
+"""Its tiles of rows, for one or two warpgroups, and for each the tile of keys, tiles on their way, and registers."""
+
+SM90_LONG_ROWS = 2048
+"""From here on tiles of 128 rows; of fewer rows, two programs on a multiprocessor hide how each begins and ends."""
 
 MAX_SPLITS = 64
 """A row's splits grow rather than become more than this."""
@@ -90,6 +100,8 @@ class LaunchPlan:
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
+        if self.path == "prefill_sm90":
+            options["maxnreg"] = SM90_BLOCKS[self.block_m][2]
         # Without a number the assembler spills a few, for an occupancy of no use here; in these with one.
         spills_with_one = self.one_query and self.num_warps == 4 and (several or self.block_d == 64)
         if self.path == "split" and not spills_with_one:
@@ -98,7 +110,7 @@ class LaunchPlan:
 
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
-        if self.path == "prefill" or cached <= self.unsplit_size:
+        if self.path != "split" or cached <= self.unsplit_size:
             return 1
         size = self.kv_split_size
         wanted = max(
@@ -144,11 +156,11 @@ class LaunchPlan:
         return self.split_size(longest) or 0
 
     def split_size(self, cached: int) -> int | None:
-        """Slots a split of a row with ``cached`` slots takes, or None on the prefill path.
+        """Slots a split of a row with ``cached`` slots takes, or None where there are no splits.
 
         The same arithmetic as ``row_splits`` in the kernel.
         """
-        if self.path == "prefill":
+        if self.path != "split":
             return None
         return max(ceil_div(ceil_div(cached, self.grid_splits(cached)), self.block_n), 1) * self.block_n
 
@@ -237,6 +249,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 9
 
 
+@functools.cache
+def has_sm90_prefill(arch: int) -> bool:
+    """Whether prompts can have the kernel for Hopper: it is written in Gluon, which changes with each Triton."""
+    return arch == 90 and triton.__version__.startswith("3.6.")
+
+
 def plan(
     *,
     q_len: int,
@@ -264,8 +282,14 @@ def plan(
     is_float32 = dtype == torch.float32
     # The split kernel holds all new tokens in one tile.
     split_rows = _split_rows(is_float32, block_d)
-    may_split = q_len <= split_rows and _forced.path != "prefill"
+    may_split = q_len <= split_rows and _forced.path in (None, "split")
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
+    if path == "prefill" and not is_float32 and head_dim == SM90_HEAD_DIM and has_sm90_prefill(arch):
+        is_forced = _forced.path == "prefill_sm90"
+        if is_forced or not (block_m or block_n or _forced.path or _forced.block_m or _forced.block_n):
+            path = "prefill_sm90"
+            block_m = (_forced.block_m if is_forced else None) or (128 if rows >= SM90_LONG_ROWS else 64)
+            block_n = SM90_BLOCKS[block_m][0]
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     one_query = path == "split" and q_len == 1
@@ -285,7 +309,7 @@ def plan(
         few_splits=min(FEW_SPLITS, max_splits) if one_query and _forced.kv_split_size is None else max_splits,
         max_splits=max_splits,
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
-        num_stages=_num_stages(path, is_float32, block_d, arch),
+        num_stages=_num_stages(path, block_m, is_float32, block_d, arch),
         arch=arch,
     )
 
@@ -311,6 +335,8 @@ def _default_block_m(rows: int, is_float32: bool, block_d: int, arch: int) -> in
 
 
 def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
+    if path == "prefill_sm90":
+        return 4  # of a consumer
     if is_float32:
         return 4 if block_d <= 32 or (path == "prefill" and block_d == 128) else 8
     # Hopper's matrix instruction takes 64 rows for four warps.
@@ -318,7 +344,9 @@ def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: i
     return 4 if block_m <= most_rows and block_d <= 128 else 8
 
 
-def _num_stages(path: Path, is_float32: bool, block_d: int, arch: int) -> int:
+def _num_stages(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
+    if path == "prefill_sm90":
+        return SM90_BLOCKS[block_m][1]
     if is_float32:
         return 3 if path == "prefill" and block_d == 128 else 2
     return 3 if path == "split" or (arch == 90 and block_d <= 128) else 2
