@@ -3,8 +3,9 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m properties.sanitizer_sample 40
     compute-sanitizer --tool racecheck --error-exitcode 1 python -m properties.sanitizer_sample 40
 
-Guards and fillings are off: the allocations are the kernel's own, so that a store beside one is seen. Set
-``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` to have every tensor in an allocation of its own.
+Guards and fillings are off: the allocations are the kernel's own, so that a store beside one is seen. Cases in 16 bits
+also run on each kernel that may be forced. Set ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` to have every tensor in an
+allocation of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from properties import subjects
 from properties.case import Case
 from properties.runner import run
 from properties.strategies import cases
+from properties.variants import for_every_kernel
 
 
 def main(count: int) -> None:
@@ -34,6 +36,8 @@ def main(count: int) -> None:
     def sample(case: Case) -> None:
         nonlocal done
         run(case, subject, poisoned=False).outputs  # noqa: B018 - a call that should have returned did
+        for forced in subject.paths.values() if case.dtype != "float32" else ():
+            run(for_every_kernel(case), subjects.forced_to(subject, forced), poisoned=False).outputs  # noqa: B018
         done += 1
 
     sample()

@@ -52,6 +52,12 @@ def with_tiles(case: Case, block_m: int | None, block_n: int | None, kv_split_si
     return replace(case, block_m=block_m, block_n=block_n, kv_split_size=kv_split_size)
 
 
+def for_every_kernel(case: Case) -> Case:
+    """With a head_dim that every kernel takes, and tiles left to the kernel."""
+    patches = tuple(replace(patch, dim=patch.dim % 128) for patch in case.patches)
+    return replace(with_tiles(case, None, None), head_dim=128, patches=patches)
+
+
 def with_values(case: Case, values: str, **fields: Any) -> Case:
     """Another family (and, by name, scale, gain, seed or dtype); a gain belongs to the old one."""
     return replace(case, **{"values": values, "gain": 0, **fields})

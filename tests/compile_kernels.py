@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -24,11 +25,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashcore.fast import launching, tuning
+from flashcore.fast import launching, sm90, tuning
 from flashcore.fast.kernels.prefill import prefill_attention
+from flashcore.fast.kernels.prefill_sm90 import prefill_attention_sm90
 from flashcore.fast.kernels.split_kv import split_kv_attention
 
+KERNELS = {"split": split_kv_attention, "prefill": prefill_attention, "prefill_sm90": prefill_attention_sm90}
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 ROWS = (1, 16, 32, 1024)
@@ -67,31 +71,45 @@ def configurations(arch: int) -> Iterator[Configuration]:
                 flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": several}
                 flags |= {"MERGE_M": plan.merge_m, "PREFETCH": True}
             yield dtype, plan, flags
+    if arch == 90:
+        yield from ((torch.float16, plan, sm90.constants(plan)) for plan in hopper_plans())
+
+
+def hopper_plans() -> Iterator[tuning.LaunchPlan]:
+    """Those of the prefill kernel for Hopper, whether or not this Triton's build of it was ever run."""
+    for block_m, (block_n, num_stages, _) in tuning.SM90_BLOCKS.items():
+        plan = tuning.plan(q_len=1024, group_size=1, head_dim=tuning.SM90_HEAD_DIM, dtype=torch.float16, arch=90)
+        yield dataclasses.replace(
+            plan, path="prefill_sm90", block_m=block_m, block_n=block_n, num_stages=num_stages, num_warps=4
+        )
 
 
 def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, Any], arch: int) -> dict[str, Any]:
     """Compile one configuration for one architecture."""
-    kernel: Any = split_kv_attention if plan.path == "split" else prefill_attention
+    kernel: Any = KERNELS[plan.path]
     pointer_types = {
         "lse_ptr": "*fp32", "seq_lens_out_ptr": "*i32", "partial_out_ptr": "*fp32", "partial_m_ptr": "*fp32",
         "partial_l_ptr": "*fp32", "arrivals_ptr": "*i32", "fault_ptr": "*i32", "seq_lens_ptr": "*i32",
         "new_lens_ptr": "*i32",
     }  # fmt: skip
     signature, attributes = {}, {}
+    layout = sm90.layout(dtype, plan) if plan.path == "prefill_sm90" else None
     for position, name in enumerate(kernel.arg_names):
         if name in flags:
             signature[name] = "constexpr"
+        elif name.endswith("_desc"):
+            signature[name] = f"tensordesc<{DTYPES[dtype][1:]}[1, 1, {plan.block_n}, {plan.block_d}],{layout!r}>"
         elif name.endswith("_ptr"):
             signature[name] = pointer_types.get(name, DTYPES[dtype])
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "qk_scale" else "i32"
     compiled = triton.compile(
-        ASTSource(kernel, signature, flags, attributes),
+        (ASTSource if layout is None else GluonASTSource)(kernel, signature, flags, attributes),
         target=GPUTarget("cuda", arch, 32),
         options=plan.compiler_options(several=bool(flags.get("SEVERAL"))),
     )
-    registers, spills = registers_and_spills(compiled.asm["cubin"])
+    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=layout is not None)
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
@@ -111,8 +129,13 @@ def loads_first(ptx: str) -> bool:
     return waited_for is not None and 0 < prefetched < asked_for < waited_for.start()
 
 
-def registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Registers of a program's threads, and instructions that access local memory, where spilled registers go."""
+def registers_and_spills(cubin: bytes, *, in_loop: bool) -> tuple[int, int]:
+    """Registers of a program's threads, and instructions that access local memory, where spilled registers go.
+
+    Args:
+        cubin: the compiled kernel.
+        in_loop: count those of the shortest loop with matrix instructions alone.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -124,7 +147,17 @@ def registers_and_spills(cubin: bytes) -> tuple[int, int]:
         ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", dump("--dump-resource-usage"))
         if stack == local == "0":
             return int(registers), 0  # no local memory, no spills; disassembling is slow
-        return int(registers), len(re.findall(r"\b(?:STL|LDL)\b", dump("-sass")))
+        sass = dump("-sass")
+        return int(registers), len(re.findall(r"\b(?:STL|LDL)\b", shortest_loop(sass) if in_loop else sass))
+
+
+def shortest_loop(sass: str) -> str:
+    """The instructions between the target of a jump back and the jump, the fewest with matrix instructions in them."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = [(re.search(r"\bBRA\b.*(0x[0-9a-f]+)\s*$", text), at) for at, text in lines]
+    ranges = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
+    bodies = ["\n".join(text for at, text in lines if first <= at <= last) for first, last in ranges]
+    return min((body for body in bodies if "HGMMA" in body), key=len)
 
 
 def main() -> None:

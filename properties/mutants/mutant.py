@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PRIMITIVES = "flashcore/fast/kernels/primitives.py"
 PREFILL = "flashcore/fast/kernels/prefill.py"
+PREFILL_SM90 = "flashcore/fast/kernels/prefill_sm90.py"
 SPLIT_KV = "flashcore/fast/kernels/split_kv.py"
 APPEND = "flashcore/fast/kernels/append.py"
 WRAPPER = "flashcore/fast/attention_production.py"
@@ -52,6 +53,7 @@ class Mutant:
         edits: the change itself.
         laws: words of the laws that should see it, tried first; all the others follow.
         needs_gpu: why it cannot show in the interpreter; "" if it can.
+        needs_kernel: of ``Subject.paths``, where it is not on every GPU.
         neutral: it must survive.
     """
 
@@ -62,6 +64,7 @@ class Mutant:
     edits: tuple[Edit, ...]
     laws: tuple[str, ...] = ()
     needs_gpu: str = ""
+    needs_kernel: str = ""
     neutral: bool = False
 
     @property

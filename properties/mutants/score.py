@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from properties.mutants import record
 from properties.mutants.catalogue import ALL, select
 from properties.mutants.mutant import Mutant, edited
 from properties.mutants.report import Score, markdown, table
-from properties.mutants.trial import KILLED, Effort, Original, Verdict, try_mutant
+from properties.mutants.trial import GPU_CASE_SECONDS, KILLED, Effort, Original, Verdict, try_mutant
 from properties.verify import EXIT_FAILS, EXIT_HOLDS, PROFILES
 
 # A profile says how many cases a law gets; this is how long one mutant may take, whatever the number of laws.
@@ -69,7 +69,10 @@ def run(options: Options, say: Callable[[str], object] = print) -> Score:
         try:
             description = original.description()
             on_gpu = "CUDA" in description or "sm_" in description
-            here = [m for m in mutants if on_gpu or not m.needs_gpu]
+            if on_gpu:
+                trying = replace(trying, case_seconds=GPU_CASE_SECONDS)
+            kernels = ["", *original.kernels()]
+            here = [m for m in mutants if (on_gpu or not m.needs_gpu) and m.needs_kernel in kernels]
             laws = original.laws()
             how = {"device": description, "profile": options.profile, "fast": options.fast, "seed": options.seed}
             path = options.json_path if options.resume or options.report_only else None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from properties import subjects
 from properties.assertions import describe
 from properties.case import Case
 from properties.exploring import Assignment, Failure, Outcome
@@ -49,6 +50,10 @@ class Effort:
     siblings: bool = True
     baselines: bool = True
     case_seconds: float = 20.0
+
+
+# A GPU compiles several kernels for the first case of a dtype.
+GPU_CASE_SECONDS = 120.0
 
 
 @dataclass
@@ -104,6 +109,12 @@ class Original:
     def laws(self) -> list[str]:
         """The names of all laws."""
         return list(self._worker.ready().laws)
+
+    def kernels(self) -> list[str]:
+        """The kernels that can be forced on this device."""
+        answer = ask(self._worker, Call("properties.mutants.trial:kernel_names"), self._case_seconds)
+        assert not isinstance(answer, Death), answer.how
+        return list(answer.value)
 
     def description(self) -> str:
         """Device and versions."""
@@ -196,6 +207,11 @@ def _try_kernel(mutant: Mutant, effort: Effort, original: Original, worker: Work
     if effort.baselines:
         verdict.baselines = _baselines(worker)
     return verdict
+
+
+def kernel_names() -> list[str]:
+    """The kernels of the subject that can be forced."""
+    return list(subjects.active().paths)
 
 
 def package_folder() -> str:

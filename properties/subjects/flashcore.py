@@ -11,6 +11,7 @@ import torch
 import flashcore
 from flashcore.fast import attention_production, buffers, tuning
 from properties.case import Case
+from properties.device import current
 from properties.subjects import DEFAULT, Subject
 from references.arithmetic_model import AMPERE, BLACKWELL, HOPPER, INTERPRETER, ArithmeticModel
 from references.tiling import Tiles, tiling
@@ -33,6 +34,13 @@ def in_few_splits(case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=3)
 
 
+def on_hopper(block_m: int, case: Case) -> AbstractContextManager[None]:
+    """Force the kernel for Hopper, in tiles of so many rows, on what it takes; the other prefill kernel on the rest."""
+    if case.head_dim != tuning.SM90_HEAD_DIM or case.dtype == "float32":
+        return on_path("prefill", case)
+    return tuning.forced(path="prefill_sm90", block_m=block_m)
+
+
 def unsplit(_: Case) -> AbstractContextManager[None]:
     """Force one split a row, of whatever length."""
     return tuning.forced(max_splits=1)
@@ -52,12 +60,13 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
         dtype=_DTYPES[case.dtype],
         block_m=case.block_m,
         block_n=case.block_n,
+        arch=_architecture(),
     )
     if case.op == "attention" and case.is_causal:
         # The last keys, as many as there are queries, are treated like new tokens.
         new = min(q_len, cached)
         cached -= new
-    if plan.path == "prefill" or new == 0:
+    if plan.path != "split" or new == 0:
         return tiling(cached, new, plan.block_n)
     # The split path folds all new tokens in one tile: a single one before the first split's cached tokens, several
     # after the last split's.
@@ -65,6 +74,10 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     if plan.one_query:
         return (((cached, cached + new), *splits[0]), *splits[1:])
     return (*splits[:-1], (*splits[-1], (cached, cached + new)))
+
+
+def _architecture() -> int:
+    return tuning.architecture(torch.device(current()))
 
 
 def model(device: str) -> ArithmeticModel:
@@ -77,6 +90,7 @@ def model(device: str) -> ArithmeticModel:
 
 def subject() -> Subject:
     """The shipped kernels."""
+    hopper = {f"prefill_sm90 {block_m}": partial(on_hopper, block_m) for block_m in tuning.SM90_BLOCKS}
     return Subject(
         spec=DEFAULT,
         attention_with_kv_cache=flashcore.attention_with_kv_cache,
@@ -93,6 +107,7 @@ def subject() -> Subject:
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),
             "few splits": in_few_splits,
+            **(hopper if tuning.has_sm90_prefill(_architecture()) else {}),
         },
         unsplit=unsplit,
     )

@@ -1,0 +1,74 @@
+"""Faults of the prefill kernel for Hopper, which only a GPU of that kind can run."""
+
+from __future__ import annotations
+
+from properties.mutants.mutant import PREFILL_SM90, Edit, Mutant
+
+NEEDS = "the interpreter does not run Gluon"
+EVERY = ("every_kernel",)
+
+
+def _fault(id_: str, category: str, change: str, where: str, anchor: str, replacement: str) -> Mutant:
+    edits = (Edit(PREFILL_SM90, anchor, replacement),)
+    return Mutant(id_, category, change, where, edits, EVERY, needs_gpu=NEEDS, needs_kernel="prefill_sm90 64")
+
+
+MUTANTS = (
+    _fault(
+        "F470",
+        "MASK",
+        "Hopper: a masked tile shows one key too many",
+        "prompts at head_dim 128",
+        "gl.where(keys[None, :] < limit[:, None], logits,",
+        "gl.where(keys[None, :] <= limit[:, None], logits,",
+    ),
+    _fault(
+        "F471",
+        "TAIL",
+        "Hopper: the tile on the end of the cached keys counts as whole",
+        "cached keys that do not fill tiles",
+        "gl.where(segment == 0, cached // BLOCK_N,",
+        "gl.where(segment == 0, cached_tiles,",
+    ),
+    _fault(
+        "F472",
+        "POISON",
+        "Hopper: values beyond the end of a row are copied, not zeroed",
+        "NaN in unused slots",
+        "        if start_n + BLOCK_N <= stop:\n",
+        "        if start_n < stop:\n",
+    ),
+    _fault(
+        "F473",
+        "NUMERIC",
+        "Hopper: rows that met a value that is not finite are not attended again",
+        "NaN or Inf values beside the diagonal",
+        "if gl.max(nonfinite_s.index(consumer).load(FLAG), axis=0) > 0:",
+        "if gl.max(nonfinite_s.index(consumer).load(FLAG), axis=0) > 1:",
+    ),
+    _fault(
+        "F474",
+        "NUMERIC",
+        "Hopper: the accumulator is not rescaled with the maximum",
+        "more than one tile of keys",
+        "        mbarrier.arrive(v_free.index(before), count=1)\n"
+        "        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]\n",
+        "        mbarrier.arrive(v_free.index(before), count=1)\n",
+    ),
+    _fault(
+        "F475",
+        "APPEND",
+        "Hopper: the token whose first row is in the next tile is appended by none",
+        "several tiles of rows",
+        "last_token = gl.minimum((first_row + ROWS + group_size - 1) // group_size, append_stop)",
+        "last_token = gl.minimum((first_row + ROWS - 1) // group_size, append_stop)",
+    ),
+    _fault(
+        "F476",
+        "GQA",
+        "Hopper: every kv head reads the cached keys and values of the first",
+        "several kv heads",
+        "copy_box(cache_desc, [b, h, start_n, 0], barrier, tile_s)",
+        "copy_box(cache_desc, [b, 0, start_n, 0], barrier, tile_s)",
+    ),
+)
