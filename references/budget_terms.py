@@ -104,7 +104,7 @@ def out_terms(
 
     def lost(factor: Float64Array) -> Float64Array:
         """Of the numerators, times a factor of the row."""
-        of_values = problem.sequences.times(sums.all_values, 2 * arithmetic.exp2_floor * factor)
+        of_values = sums.of_all(problem.sequences, 2 * arithmetic.exp2_floor * factor)
         of_values += column(operations * factor)
         return of_values
 

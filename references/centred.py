@@ -112,19 +112,16 @@ class Centred:
     ) -> BoolArray | None:
         """The quick way with the heaviest key of each row by itself."""
         heaviest = share.argmax(axis=-1)
-        places = np.arange(heaviest.size).reshape(heaviest.shape) * share.shape[-1] + heaviest
-        heads = np.arange(len(out))[:, None] * self.sequences.value.shape[1]
-        values = self.sequences.value.reshape(-1, out.shape[-1])
-        apart = values[heads + self.sequences.first_key + heaviest]
+        heads, rows = np.arange(len(out))[:, None], np.arange(out.shape[1])
+        apart = self.sequences.value[heads, self.sequences.first_key + heaviest]
         apart -= self.out
         apart *= apart
-        flat = share.reshape(-1)
-        its_share = flat[places]
+        its_share = share[heads, rows, heaviest]
         apart *= its_share[..., None]
-        flat[places] = 0.0
+        share[heads, rows, heaviest] = 0.0
         (first,), (second,) = self.sequences.sums((None, [share]), (np.square, [share]))
         doubtful = self._quick((first, second), np.add.reduce(share, axis=-1), apart, factor, others, out)
-        flat[places] = its_share
+        share[heads, rows, heaviest] = its_share
         return doubtful
 
     def _one_by_one(self, share: Float64Array, factor: Float64Array, rows: BoolArray, bound: Float64Array) -> None:

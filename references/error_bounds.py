@@ -160,7 +160,6 @@ class Gate:
         share_sum: [num_kv_heads, rows] sums of w phi.
         out, lse: terms and their total, see ``out_terms`` and ``lse_terms``.
         largest_score: of sums of magnitudes.
-        largest_sum: of magnitudes of the values of a sequence.
     """
 
     problem: Problem
@@ -171,7 +170,6 @@ class Gate:
     out: tuple[Float64Array, Float64Array]
     lse: tuple[Float64Array, Float64Array]
     largest_score: float
-    largest_sum: float
 
 
 def gate_of(several: list[Sequence], scale: float, arithmetic: Arithmetic) -> Gate | None:
@@ -187,16 +185,13 @@ def gate_of(several: list[Sequence], scale: float, arithmetic: Arithmetic) -> Ga
     deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, tiles)
     shares = shares_of(exact, deviations, arithmetic)
     sums = sums_of(together, exact, shares, arithmetic)
-    largest_sum = float(sums.all_values.max())
-    if not math.isfinite(largest_sum):
+    if not math.isfinite(sums.largest_sum):
         return None
     out = sums.weighted / exact.total[..., None]
     problem = Problem(together, tiles, exact, out, np.abs(out), Centred(together, out), seen)
     *of_out, share_sum = out_terms(problem, deviations, shares, sums, arithmetic)
     of_lse = lse_terms(problem, deviations, share_sum, arithmetic)
-    return Gate(
-        problem, deviations, shares, sums, share_sum, (of_out[0], of_out[1]), of_lse, largest_score, largest_sum
-    )
+    return Gate(problem, deviations, shares, sums, share_sum, (of_out[0], of_out[1]), of_lse, largest_score)
 
 
 def _lower_to_alarm(gate: Gate, scale: float, arithmetic: Arithmetic) -> None:
@@ -232,7 +227,7 @@ def _of_finite(
         if exact.blind is not None:
             parts[:, :, exact.blind] = 0.0
             sum_of_parts[:, exact.blind] = 0.0
-    sizes = gate.largest_score, gate.largest_sum, gate.largest_sum
+    sizes = gate.largest_score, gate.sums.largest_sum, gate.sums.largest_value
     finite = surely_finite(*sizes, together.kv_len, scale, arithmetic)
     found = []
     for one, rows in zip(several, together.rows, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,15 @@ from numpy.typing import NDArray
 from references.alarm import Independent
 from references.centred import Moments
 from references.rounding_errors import Arithmetic, Error
-from references.softmax import Sequences, Softmax, lifted_magnitude
+from references.softmax import Make, Sequences, Softmax, lifted_magnitude
 from references.weight_errors import Deviations, p_rounding
 
 Float64Array = NDArray[np.float64]
+
+# What exponentials lose by underflow may be overestimated up to this share of what additions lose ...
+UNDERFLOW_SHARE = 2.0**-80
+# ... where a product with all values is to be saved: from so many keys on it takes time.
+MANY_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Shares:
         of_values: powers, times 1 + phi where that is not in ``growth``, and the same times ``p_error`` if that is an
             array. They belong to magnitudes of values, and ``growth`` to them.
         of_distances: powers times phi, which belong to distances of values from the output, and ``part`` to them.
+        stack: [num_kv_heads, 2 * rows, kv_len], the powers and below them ``of_distances``, if they are one array.
         growth, part: [num_kv_heads, rows]
         total: [num_kv_heads, rows] sums of ``of_distances``.
         p_error: of rounding P where numerator and denominator do not have it in common.
@@ -32,6 +39,7 @@ class Shares:
 
     of_values: list[Float64Array]
     of_distances: Float64Array
+    stack: Float64Array | None
     growth: Float64Array
     part: Float64Array
     total: Float64Array
@@ -64,8 +72,9 @@ def shares_of(exact: Softmax, deviations: Deviations, arithmetic: Arithmetic, ga
             growth[deviations.wide] = 1.0
         of_values = [power] if isinstance(p_error, float) else [power, power * p_error]
     again = gate is not None or power is not exact.power
-    share = np.multiply(exact.power, linear, out=None if again else linear)
-    return Shares(of_values, share, growth, slope / exact.total, np.add.reduce(share, axis=-1), p_error)
+    stack, rows = None if again else exact.stack, exact.power.shape[1]
+    share = np.multiply(exact.power, linear, out=None if again else linear if stack is None else stack[:, rows:])
+    return Shares(of_values, share, stack, growth, slope / exact.total, np.add.reduce(share, axis=-1), p_error)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,10 @@ class Sums:
         weighted: of v, with the powers.
         sizes: of abs(v), with each of ``Shares.of_values``.
         lifted: the same, subnormal values lifted where a tensor core lifts them.
-        all_values: [num_kv_heads, sequences, head_dim] of abs(v), of all keys of a sequence.
+        spread: [num_kv_heads, rows], see ``_spread``; None: all zeros.
+        all_values: [num_kv_heads, sequences, head_dim] of abs(v), of all keys of a sequence; None: no spread is 0.
+        largest_sum: at least the largest of these sums; not finite where a value is not.
+        largest_value: at least the largest abs(v).
         moments: of v and v**2, with ``Shares.of_distances``, and for the alarm also with ``Independent.common`` and
             ``Independent.square``.
         rounded: of v**2, with squares of the roundings of P; the alarm's, where these are independent.
@@ -85,9 +97,39 @@ class Sums:
     weighted: Float64Array
     sizes: list[Float64Array]
     lifted: list[Float64Array]
-    all_values: Float64Array
+    spread: Float64Array | None
+    all_values: Float64Array | None
+    largest_sum: float
+    largest_value: float
     moments: list[Moments]
     rounded: Float64Array | None = None
+
+    def of_all(self, sequences: Sequences, factor: Float64Array) -> Float64Array:
+        """At least the sums of abs(v) over all keys of a sequence, times a factor of the row."""
+        if self.spread is None:
+            assert self.all_values is not None
+            return sequences.times(self.all_values, factor)
+        result = self.sizes[0] * (self.spread * factor)[..., None]
+        if self.all_values is not None:
+            np.copyto(result, sequences.times(self.all_values, factor), where=self.spread[..., None] == 0)
+        return result
+
+
+def _spread(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Arithmetic) -> Float64Array | None:
+    """The largest over the smallest power of rows that see all of many keys, [num_kv_heads, rows].
+
+    Times the sum of abs(v) with the first of ``Shares.of_values`` it is at least the sum over all keys. 0 in other
+    rows, and where that would be too much; None: all zeros.
+    """
+    if sequences.kv_len < MANY_KEYS:
+        return None
+    _, rows, _, keys = sequences.sizes
+    sees_all = np.concatenate([visible.all(axis=-1) for visible in sequences.visible])
+    gap = -np.minimum.reduce(exact.gap, axis=-1)
+    limit = math.log2(UNDERFLOW_SHARE * arithmetic.u / arithmetic.exp2_floor)
+    # Where growth is 1, the first shares hold 1 + phi, which may overflow.
+    narrow = (gap <= limit) & (shares.growth > 1) & sees_all & np.repeat(keys >= MANY_KEYS, rows)
+    return np.where(narrow, np.exp2(np.minimum(gap, limit)), 0.0)
 
 
 def sums_of(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Arithmetic) -> Sums:
@@ -100,15 +142,37 @@ def sums_of(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Ar
     if arithmetic.fused:
         lifts = any(
             ((size > 0) & (size < fmt.smallest_normal)).any()
-            for size in (np.abs(sequences.value[piece.heads, piece.keys]) for piece in sequences.pieces)
+            for size in (np.abs(sequences.value[piece.keys]) for piece in sequences.pieces)
         )
-    (weighted, first), (*sizes, all_values), (second,), of_lifted = sequences.sums(
-        (None, [exact.power, shares.of_distances]),
-        (np.abs, [*shares.of_values, None]),
+    spread = _spread(sequences, exact, shares, arithmetic)
+    saved = spread is not None and bool(spread.all())
+    wanted: list[tuple[Make | None, list[Float64Array | None]]] = [
+        (np.abs, [*shares.of_values] if saved else [*shares.of_values, None]),
         (np.square, [shares.of_distances]),
-        (lifted, [*shares.of_values] if lifts else []),
+        (None, [exact.power, shares.of_distances] if shares.stack is None else [shares.stack]),
+    ]
+    if lifts:
+        wanted.append((lifted, [*shares.of_values]))
+    sizes, (second,), linear, *of_lifted = sequences.sums(*wanted)
+    rows = exact.power.shape[1]
+    weighted, first = linear if shares.stack is None else (linear[0][:, :rows], linear[0][:, rows:])
+    if spread is not None and saved:
+        all_values, largest_sum = None, float((sizes[0].max(axis=-1) * spread).max())
+        with np.errstate(divide="ignore"):
+            largest_value = math.sqrt((second.max(axis=-1) / shares.of_distances.min(axis=-1)).max())
+    else:
+        all_values = sizes.pop()
+        largest_sum = largest_value = float(all_values.max())
+    return Sums(
+        weighted=weighted,
+        sizes=sizes,
+        lifted=of_lifted[0] if lifts else sizes,
+        spread=spread,
+        all_values=all_values,
+        largest_sum=largest_sum,
+        largest_value=largest_value,
+        moments=[(first, second)],
     )
-    return Sums(weighted, sizes, of_lifted if lifts else sizes, all_values, [(first, second)])
 
 
 def sums_of_alarm(

@@ -7,6 +7,7 @@ from bisect import bisect_right as bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import EllipsisType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,29 +23,58 @@ LN_2 = math.log(2.0)
 
 # Numbers of keys or values that are worked on at once, so that what is made of them stays in a cache.
 NUMBERS_AT_ONCE = 1 << 16
+# Numbers of a cache line.
+CACHE_LINE = 8
 # Up to so many queries a product of keys with queries is faster than one of queries with keys.
 FEW_ROWS = 12
+
+# Of some rows of an array [..., rows, columns].
+Index = tuple[EllipsisType, slice, slice]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys of one sequence in a piece.
+
+    Attributes:
+        sequence: which.
+        keys: where they are in [..., keys of the piece, head_dim].
+        columns: the same counted in the sequence.
+        rows: where the rows of the sequence are in [..., rows, head_dim].
+        scores: where rows and keys are in [..., rows, kv_len].
+    """
+
+    sequence: int
+    keys: Index
+    columns: slice
+    rows: Index
+    scores: Index
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some keys of some heads of several sequences.
+    """Keys that are worked on at once.
 
     Attributes:
-        heads: kv heads.
-        keys: in ``Sequences.key`` and ``value``.
-        sequences: to which these keys belong.
-        parts: of each of them its rows, its keys counted in the piece, and its keys counted in the sequence.
+        keys: where they are in [..., keys, head_dim].
+        room: for what is made of them.
+        parts: of the sequences that they belong to.
     """
 
-    heads: slice
-    keys: slice
-    sequences: slice
-    parts: list[tuple[slice, slice, slice]]
+    keys: Index
+    room: Float64Array
+    parts: list[Part]
 
 
 # Makes an array of another one and of room for it: a function of NumPy and its argument ``out``.
 Make = Callable[[Float64Array, Float64Array], Float64Array]
+
+
+def on_cache_line(shape: tuple[int, ...]) -> Float64Array:
+    """A new array that begins with a cache line: products of it are up to a third faster."""
+    size = math.prod(shape)
+    numbers = np.empty(size + CACHE_LINE)
+    return numbers[-numbers.ctypes.data // numbers.itemsize % CACHE_LINE :][:size].reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,11 @@ class Sequences:
     keys: list[slice]
     visible: list[BoolArray]
 
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether a product with keys or values takes about as long as reading these."""
+        return len(self.query[0]) <= FEW_ROWS
+
     @cached_property
     def kv_len(self) -> int:
         """Keys of the longest sequence."""
@@ -84,34 +119,34 @@ class Sequences:
         return hidden if hidden.any() else None
 
     @cached_property
-    def pieces(self) -> list[Piece]:
-        """All keys of all heads at once if they are few, else ranges of the keys of one head after the other."""
-        num_kv_heads, keys, head_dim = self.key.shape
-        if self.key.size <= NUMBERS_AT_ONCE:
-            return [self._piece(slice(0, num_kv_heads), slice(0, keys))]
-        length = max(1, NUMBERS_AT_ONCE // head_dim)
-        return [
-            self._piece(slice(head, head + 1), slice(start, min(start + length, keys)))
-            for head in range(num_kv_heads)
-            for start in range(0, keys, length)
-        ]
+    def heads(self) -> list[slice] | range:
+        """Which kv heads are worked on at once: all of them if their keys are few, else one after the other."""
+        return [slice(None)] if self.key.size <= NUMBERS_AT_ONCE else range(len(self.key))
 
-    def _piece(self, heads: slice, keys: slice) -> Piece:
-        first, last = (bisect(self._ends, at) for at in (keys.start, keys.stop - 1))
-        parts = []
-        for rows, its_keys in zip(self.rows[first : last + 1], self.keys[first : last + 1], strict=True):
-            start, stop = max(its_keys.start, keys.start), min(its_keys.stop, keys.stop)
-            in_piece = slice(start - keys.start, stop - keys.start)
-            parts.append((rows, in_piece, slice(start - its_keys.start, stop - its_keys.start)))
-        return Piece(heads, keys, slice(first, last + 1), parts)
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Ranges of the keys, of the heads that are worked on at once."""
+        _, num_keys, head_dim = self.key.shape
+        if self.key.size <= NUMBERS_AT_ONCE:
+            return [self._piece(0, num_keys, on_cache_line(self.key.shape))]
+        length = max(1, NUMBERS_AT_ONCE // head_dim)
+        room = on_cache_line((length, head_dim))
+        return [self._piece(start, min(start + length, num_keys), room) for start in range(0, num_keys, length)]
+
+    def _piece(self, start: int, stop: int, room: Float64Array) -> Piece:
+        all_of_them, parts = slice(None), []
+        for sequence in range(bisect(self._ends, start), bisect(self._ends, stop - 1) + 1):
+            keys, rows = self.keys[sequence], self.rows[sequence] if len(self.rows) > 1 else all_of_them
+            first, last = max(keys.start, start), min(keys.stop, stop)
+            in_piece, columns = slice(first - start, last - start), slice(first - keys.start, last - keys.start)
+            parts.append(
+                Part(sequence, (..., in_piece, all_of_them), columns, (..., rows, all_of_them), (..., rows, columns))
+            )
+        return Piece((..., slice(start, stop), all_of_them), room[..., : stop - start, :], parts)
 
     @cached_property
     def _ends(self) -> list[int]:
         return [keys.stop for keys in self.keys]
-
-    def _room(self) -> Float64Array:
-        """For what is made of a piece."""
-        return np.empty(max(self.key.shape[-1], min(NUMBERS_AT_ONCE, self.key.size)))
 
     def scores(self, *wanted: tuple[Float64Array, Make | None]) -> list[Float64Array]:
         """query . key, [num_kv_heads, rows, kv_len]; 0 beyond the keys of a sequence.
@@ -122,19 +157,23 @@ class Sequences:
         """
         new = np.empty if len(self.rows) == 1 else np.zeros
         results = [new((*query.shape[:2], self.kv_len)) for query, _ in wanted]
-        few = self.query.shape[1] <= FEW_ROWS
-        turned_queries = [np.ascontiguousarray(query.swapaxes(-1, -2)) if few else query for query, _ in wanted]
-        room = self._room()
-        for piece in self.pieces:
-            key = self.key[piece.heads, piece.keys]
-            for (query, make), turned, result in zip(wanted, turned_queries, results, strict=True):
-                made = key if make is None else make(key, room[: key.size].reshape(key.shape))
-                for rows, keys, columns in piece.parts:
-                    its_result = result[piece.heads, rows, columns]
-                    if few:
-                        its_result[...] = (made[:, keys] @ turned[piece.heads, :, rows]).swapaxes(-1, -2)
-                    else:
-                        np.matmul(query[piece.heads, rows], made[:, keys].swapaxes(-1, -2), out=its_result)
+        few = self.has_few_rows
+        queries = [np.ascontiguousarray(query.mT).mT if few else query for query, _ in wanted]
+        for heads in self.heads:
+            its_keys = self.key[heads]
+            of_heads = [
+                (make, query[heads], result[heads])
+                for (_, make), query, result in zip(wanted, queries, results, strict=True)
+            ]
+            for piece in self.pieces:
+                key = its_keys[piece.keys]
+                for make, query, result in of_heads:
+                    made = key if make is None else make(key, piece.room)
+                    for part in piece.parts:
+                        if few:
+                            result[part.scores] = (made[part.keys] @ query[part.rows].mT).mT
+                        else:
+                            np.matmul(query[part.rows], made[part.keys].mT, out=result[part.scores])
         return results
 
     def sums(self, *wanted: tuple[Make | None, list[Float64Array | None]]) -> list[list[Float64Array]]:
@@ -142,30 +181,40 @@ class Sequences:
 
         Args:
             wanted: what to make of the values, as for ``scores``, and weights [num_kv_heads, rows, kv_len] of what was
-                made. None: the sum over all keys, [num_kv_heads, sequences, head_dim].
+                made; of a single sequence also those of several kinds, one below the other. None: the sum over all
+                keys, [num_kv_heads, sequences, head_dim].
         """
-        of_sequences = (len(self.value), len(self.rows), self.value.shape[-1])
-        results = [
-            [np.zeros(of_sequences) if weight is None else np.empty(self.query.shape) for weight in weights]
-            for _, weights in wanted
-        ]
-        room = self._room()
-        for piece in self.pieces:
-            value = self.value[piece.heads, piece.keys]
-            for (make, weights), of_weights in zip(wanted, results, strict=True):
-                if not weights:
-                    continue
-                made = value if make is None else make(value, room[: value.size].reshape(value.shape))
-                for sequence, (rows, keys, columns) in enumerate(piece.parts, piece.sequences.start):
-                    mine = made[:, keys]
-                    for weight, result in zip(weights, of_weights, strict=True):
-                        if weight is None:  # faster than to add up
-                            result[piece.heads, sequence] += (np.ones((1, mine.shape[-2])) @ mine)[..., 0, :]
-                        elif columns.start == 0:
-                            np.matmul(weight[piece.heads, rows, columns], mine, out=result[piece.heads, rows])
-                        else:
-                            result[piece.heads, rows] += weight[piece.heads, rows, columns] @ mine
-        return results
+        num_kv_heads, _, head_dim = self.value.shape
+        ones = np.ones(self.kv_len)
+
+        def room(weight: Float64Array | None) -> Float64Array:
+            if weight is None:
+                return np.zeros((num_kv_heads, len(self.rows), head_dim))
+            return np.empty((num_kv_heads, weight.shape[1], head_dim))
+
+        sums = [(make, [(weight, room(weight)) for weight in weights]) for make, weights in wanted]
+        for heads in self.heads:
+            values = self.value[heads]
+            of_heads = [
+                (make, [(None if weight is None else weight[heads], result[heads]) for weight, result in pairs])
+                for make, pairs in sums
+            ]
+            for piece in self.pieces:
+                value = values[piece.keys]
+                for make, pairs in of_heads:
+                    made = value if make is None else make(value, piece.room)
+                    for part in piece.parts:
+                        mine = made[part.keys]
+                        for weight, result in pairs:
+                            if weight is None:  # faster than to add up
+                                result[..., part.sequence, :] += ones[part.columns] @ mine
+                            else:
+                                its_weight, its_result = weight[part.scores], result[part.rows]
+                                if part.columns.start == 0:
+                                    np.matmul(its_weight, mine, out=its_result)
+                                else:
+                                    its_result += its_weight @ mine
+        return [[result for _, result in pairs] for _, pairs in sums]
 
     @cached_property
     def sizes(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -205,6 +254,8 @@ class Softmax:
     largest_gap: float
     peak: Float64Array  # [num_kv_heads, rows] largest logit, 0 without keys
     power: Float64Array  # 2**gap
+    # Of few rows of one sequence [num_kv_heads, 2 * rows, kv_len], the powers and below them room for ``Shares``.
+    stack: Float64Array | None
     total: Float64Array  # [num_kv_heads, rows] sum of the powers, 1 without keys
 
     def weight(self) -> Float64Array:
@@ -216,7 +267,7 @@ def lifted_magnitude(magnitude: Float64Array, fmt: Format, fused: bool) -> Float
     """Magnitudes as a tensor core aligns them: subnormal numbers count as the smallest normal one."""
     if not fused or magnitude.min(initial=np.inf) >= fmt.smallest_normal:
         return magnitude
-    return np.where(magnitude > 0, np.maximum(magnitude, fmt.smallest_normal), 0.0)
+    return np.where(magnitude == 0, 0.0, np.maximum(magnitude, fmt.smallest_normal))
 
 
 def softmax_of(sequences: Sequences, logit: Float64Array) -> Softmax:
@@ -233,10 +284,13 @@ def softmax_of(sequences: Sequences, logit: Float64Array) -> Softmax:
     gap = logit - peak[..., None]
     if hidden is not None:  # exp2 of what underflows is several times as slow
         np.copyto(gap, 0.0, where=hidden)
-    power = np.exp2(gap)
+    rows = gap.shape[1]
+    is_stacked = len(sequences.rows) == 1 and sequences.has_few_rows
+    stack = np.empty((len(gap), 2 * rows, gap.shape[2])) if is_stacked else None
+    power = np.exp2(gap, out=None if stack is None else stack[:, :rows])
     if hidden is not None:
         np.copyto(power, 0.0, where=hidden)
     total = np.add.reduce(power, axis=-1)
     if blind is not None:
         total[:, blind] = 1.0
-    return Softmax(hidden, blind, logit, gap, -float(np.minimum.reduce(gap, axis=None)), peak, power, total)
+    return Softmax(hidden, blind, logit, gap, -float(np.minimum.reduce(gap, axis=None)), peak, power, stack, total)

@@ -75,10 +75,10 @@ def scores_of(sequences: Sequences, scale: float, arithmetic: Arithmetic) -> tup
         return lifted_magnitude(np.abs(key, out=room), arithmetic.fmt, arithmetic.fused)
 
     query = lifted_magnitude(np.abs(sequences.query), arithmetic.fmt, arithmetic.fused)
-    wanted: list[tuple[Float64Array, Make | None]] = [(sequences.query, None), (query, size)]
+    wanted: list[tuple[Float64Array, Make | None]] = [(query, size), (sequences.query, None)]
     if arithmetic.model.scale_into_query:
         wanted.append((np.ones_like(query), size))
-    logit, of_products, *of_keys = sequences.scores(*wanted)
+    of_products, logit, *of_keys = sequences.scores(*wanted)
     logit *= scale * LOG2_E  # only now, so that equal scores are equal logits
     return logit, ScoreSizes(of_products, of_keys[0] if of_keys else None)
 

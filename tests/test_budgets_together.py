@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
-from references import softmax
+from references import shares, softmax
 from references.arithmetic_model import HOPPER, INTERPRETER, PERMISSIVE, ArithmeticModel
 from references.attention import visible_keys
 from references.error_bounds import ORACLE_SHARE, Sequence, budgets
@@ -81,6 +82,56 @@ def test_sequences_together_have_the_budgets_that_each_query_has_alone(
             assert found.by_term[1:, head, i] == pytest.approx(single.by_term[1:, 0, 0], **NEAR)
             assert found.lse_by_term[:, head, i] == pytest.approx(single.lse_by_term[:, 0, 0], **NEAR)
             assert found.overflow_free[head, i] == single.overflow_free[0, 0]
+
+
+def test_heads_together_have_the_budgets_that_each_has_alone_where_one_key_has_nearly_all_of_the_weight() -> None:
+    """There the heaviest key of each row is taken apart."""
+    together = drawn("normal", 1, 9)
+    options: dict[str, Any] = {"scale": 10.0, "fmt": "float32", "model": INTERPRETER}
+
+    found = budgets([together], **options)[0]
+
+    for head in range(NUM_Q_HEADS):
+        single = budgets([alone(together, head, 0)], **options)[0]
+        assert found.out[head] == pytest.approx(single.out[0], **NEAR)
+
+
+@pytest.mark.parametrize("model", [INTERPRETER, HOPPER, PERMISSIVE], ids=lambda m: m.name)
+def test_of_many_keys_the_underflow_is_overestimated_where_nothing_else_is_changed(
+    model: ArithmeticModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "MANY_KEYS", 40)
+    sequences = [drawn("normal", 2, 50, kv_split_size=8), drawn("normal", 1, 60), drawn("normal", 1, 9)]
+    beyond_reach = dataclasses.replace(sequences[1], query=256 * sequences[1].query)
+    sequences.append(beyond_reach)
+    batches = [*([sequence] for sequence in sequences), sequences]
+    options: dict[str, Any] = {"scale": 0.7, "fmt": "float16", "model": model}
+
+    quick = [found for batch in batches for found in budgets(batch, **options)]
+    monkeypatch.setattr(shares, "MANY_KEYS", 1000)
+    exact = [found for batch in batches for found in budgets(batch, **options)]
+
+    for place, (found, expected) in enumerate(zip(quick, exact, strict=True)):
+        assert found.out == pytest.approx(expected.out, rel=2.0**-40, abs=0.0)
+        assert np.array_equal(found.overflow_free, expected.overflow_free)
+        assert np.array_equal(found.lse, expected.lse)
+        more = found.terms["underflow"] > expected.terms["underflow"] * (1 + 2.0**-40)
+        sees_many = [[False, True], [True], [False], [False]][place % 4]
+        assert np.all(more == np.array(sees_many)[:, None])
+        assert np.all(found.terms["underflow"] >= expected.terms["underflow"] * (1 - 2.0**-40))
+
+
+def test_a_value_that_is_no_number_is_seen_among_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "MANY_KEYS", 40)
+    sequence = drawn("normal", 2, 50)
+    sequence.value[0, 49, 3] = np.nan
+    sequence.value[1, 7, 2] = -np.inf
+
+    out = budgets([sequence], scale=0.7, fmt="float16", model=INTERPRETER)[0].out
+
+    unbounded = np.zeros(out.shape, np.bool_)
+    unbounded[:3, 1, 3] = unbounded[3:, :, 2] = True
+    assert np.array_equal(np.isnan(out), unbounded)
 
 
 @pytest.mark.parametrize("model", [INTERPRETER, HOPPER], ids=lambda m: m.name)

@@ -460,6 +460,17 @@ def test_bad_inputs_take_the_bound_only_from_what_sees_them() -> None:
     assert free.tolist() == [[True, False, False]] * 2
 
 
+def test_a_query_that_is_no_number_is_seen_where_subnormal_operands_are_lifted() -> None:
+    query, key, value = np.ones((2, 1, 4)), np.ones((1, 3, 4)), np.ones((1, 3, 4))
+    query[1, 0, 2] = np.nan
+    options: dict[str, Any] = {"scale": 1.0, "fmt": "float16", "model": HOPPER, "tiles": tiling(3, 0, 16)}
+
+    bounds = budget(query, key, value, visible_keys(1, 3, True), **options)
+
+    assert bounds.overflow_free.tolist() == [[True], [False]]
+    assert np.isnan(bounds.out[:, 0]).tolist() == [[False] * 4, [True] * 4]
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-40, 1e-38, -1e-40, 1e4, -1e6, 1e30])
 @pytest.mark.parametrize("model", [INTERPRETER, AMPERE, HOPPER, BLACKWELL, PERMISSIVE, REFERENCE], ids=lambda m: m.name)
 def test_every_scale_has_a_finite_budget(model: ArithmeticModel, scale: float) -> None:

@@ -38,7 +38,7 @@ from references.error_bounds import Sequence, budgets
 from references.kv_cache import ReferenceCache
 from references.rounding import round_to
 from references.simulator import simulate
-from references.softmax import NUMBERS_AT_ONCE
+from references.softmax import NUMBERS_AT_ONCE, on_cache_line
 from references.tiling import tiling
 
 ALARM_LAMBDA = 6.0
@@ -65,18 +65,16 @@ class Work:
         for one in self.sequences:
             num_kv_heads, kv_len, head_dim = one.key.shape
             queries = one.query.reshape(num_kv_heads, -1, head_dim)
-            length = NUMBERS_AT_ONCE // head_dim
-            weights, of_all = np.ones((queries.shape[1], kv_len)), np.ones((1, kv_len))
-            place = np.empty((length, head_dim))
+            length, rows = NUMBERS_AT_ONCE // head_dim, queries.shape[1]
+            weights, place = np.ones((2 * rows, kv_len)), on_cache_line((length, head_dim))
             for query, keys, values in zip(queries, one.key, one.value, strict=True):
                 query = np.ascontiguousarray(query.T)
                 size = np.abs(query)
                 for piece in (slice(start, start + length) for start in range(0, kv_len, length)):
                     key, value, weight = keys[piece], values[piece], weights[:, piece]
                     room = place[: len(key)]
-                    key @ query, np.abs(key, out=room) @ size
-                    weight @ value, weight @ value, weight @ np.abs(value, out=room), of_all[:, piece] @ room
-                    weight @ np.square(value, out=room)
+                    np.abs(key, out=room) @ size, key @ query
+                    weight[:rows] @ np.abs(value, out=room), weight[rows:] @ np.square(value, out=room), weight @ value
 
     def budgets(self) -> None:
         """The gate of every sequence."""
