@@ -46,8 +46,10 @@ def _hull(sequences: Sequences, out: Float64Array, rows: BoolArray) -> tuple[Flo
         if not chosen[mine].any():
             continue
         value = sequences.value[:, keys]
-        if visible.all():
-            high[:, mine], low[:, mine] = (end(axis=-2, keepdims=True) for end in (value.max, value.min))
+        count = visible.sum(axis=-1)
+        if np.array_equal(visible, np.arange(visible.shape[-1]) < count[:, None]):
+            for end, ufunc in ((high, np.maximum), (low, np.minimum)):
+                end[:, mine] = ufunc.accumulate(value, axis=-2)[:, count - 1]
             continue
         for row in np.flatnonzero(chosen[mine] & visible.any(axis=-1)):
             seen = value[:, visible[row]]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import EllipsisType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,7 @@ FEW_ROWS = 12
 Index = tuple[EllipsisType, slice, slice]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Keys of one sequence in a piece.
 
     Attributes:
@@ -51,8 +51,7 @@ class Part:
     scores: Index
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Keys that are worked on at once.
 
     Attributes:
@@ -128,7 +127,7 @@ class Sequences:
         """Ranges of the keys, of the heads that are worked on at once."""
         _, num_keys, head_dim = self.key.shape
         if self.key.size <= NUMBERS_AT_ONCE:
-            return [self._piece(0, num_keys, on_cache_line(self.key.shape))]
+            return [self._piece(0, num_keys, np.empty(self.key.shape))]
         length = max(1, NUMBERS_AT_ONCE // head_dim)
         room = on_cache_line((length, head_dim))
         return [self._piece(start, min(start + length, num_keys), room) for start in range(0, num_keys, length)]
