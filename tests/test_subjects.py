@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -24,6 +27,18 @@ from properties.strategies import cases
 from properties.subjects import Subject, SubjectError, naive
 from properties.subjects.adapter import Adapter, Call, as_subject
 from properties.subjects.torch_sdpa import Flash, Math, TorchSDPA
+
+
+def test_the_shipped_subject_loads_and_says_its_tiles_before_a_device_is_chosen() -> None:
+    script = (
+        "from properties.case import Case; from properties.subjects.flashcore import subject, tiles\n"
+        "subject(); print(tiles(Case(), 1, 100, 1))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

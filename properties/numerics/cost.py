@@ -25,7 +25,7 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from properties import answers, device
+from properties import answers
 from properties.case import Case
 from properties.schedule import PlannedStep, problem
 from properties.strategies import cases
@@ -202,7 +202,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args(argv)
-    device.choose()
     subject = activate("flashcore")
     sets: dict[str, list[Work]] = {}
     for kind, strategy in (("drawn cases", cases()), ("cases of the law of the alarm", noise_cases(ALARM_DTYPES))):

@@ -60,7 +60,8 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
         dtype=_DTYPES[case.dtype],
         block_m=case.block_m,
         block_n=case.block_n,
-        arch=_architecture(),
+        # Where there is no GPU, nobody need have chosen a device.
+        arch=_architecture(current() if torch.cuda.is_available() else "cpu"),
     )
     if case.op == "attention" and case.is_causal:
         # The last keys, as many as there are queries, are treated like new tokens.
@@ -76,8 +77,8 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
     return (*splits[:-1], (*splits[-1], (cached, cached + new)))
 
 
-def _architecture() -> int:
-    return tuning.architecture(torch.device(current()))
+def _architecture(device: str) -> int:
+    return tuning.architecture(torch.device(device))
 
 
 def model(device: str) -> ArithmeticModel:
@@ -107,7 +108,7 @@ def subject() -> Subject:
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),
             "few splits": in_few_splits,
-            **(hopper if tuning.has_sm90_prefill(_architecture()) else {}),
+            **(hopper if torch.cuda.is_available() and tuning.has_sm90_prefill(_architecture("cuda")) else {}),
         },
         unsplit=unsplit,
     )
