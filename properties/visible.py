@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from properties.assertions import Float64Array
+from properties.assertions import Float64Array, Got, LawViolation, assert_same_numbers, describe
 from properties.case import Case
+from properties.checking import expected_outputs
 from properties.runner import Run, StepRun
 from properties.schedule import PlannedStep
 from properties.transformations import histories
@@ -86,3 +89,22 @@ def reached_by(case: Case, planned: PlannedStep) -> tuple[NDArray[np.bool_], NDA
         elif patch.tensor == "value":
             out[patch.row, heads, :, patch.dim] |= sees
     return out, lse
+
+
+def assert_reaches_what_sees_it(made: Run, clean: Sequence[Got]) -> None:
+    """Compare a run with non-finite elements with the outputs ``clean`` of one without them.
+
+    Raises:
+        LawViolation: one of them changes what does not see it, or is hidden from what does.
+    """
+    case = made.case
+    steps = [step for step in made.steps if step.got is not None]
+    for step, (got, expected), plain in zip(steps, expected_outputs(made), clean, strict=True):
+        out, lse = reached_by(case, step.plan)
+        finite_out, finite_lse = np.where(out, 0.0, got.values), np.where(lse, 0.0, got.lse_values)
+        assert_same_numbers("out", got, finite_out, np.where(out, 0.0, plain.values), "outputs that do not see it")
+        assert_same_numbers("lse", got, finite_lse, np.where(lse, 0.0, plain.lse_values), "rows that do not see it")
+        hidden = np.argwhere(~np.isfinite(expected.out) & np.isfinite(got.values))
+        if len(hidden):
+            report = f"out hides a visible NaN or infinity, first at {hidden[0].tolist()}\n  case: {describe(case)}"
+            raise LawViolation("hidden", report, case)

@@ -77,10 +77,10 @@ def configurations(arch: int) -> Iterator[Configuration]:
 
 def hopper_plans() -> Iterator[tuning.LaunchPlan]:
     """Those of the prefill kernel for Hopper, whether or not this Triton's build of it was ever run."""
-    for block_m, (block_n, num_stages, _) in tuning.SM90_BLOCKS.items():
+    for block_m, tiles in tuning.SM90_TILES.items():
         plan = tuning.plan(q_len=1024, group_size=1, head_dim=tuning.SM90_HEAD_DIM, dtype=torch.float16, arch=90)
         yield dataclasses.replace(
-            plan, path="prefill_sm90", block_m=block_m, block_n=block_n, num_stages=num_stages, num_warps=4
+            plan, path="prefill_sm90", block_m=block_m, block_n=tiles.block_n, num_stages=tiles.num_stages, num_warps=4
         )
 
 

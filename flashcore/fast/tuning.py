@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -35,8 +35,17 @@ CHUNK_SPLIT_BYTES = 128 * 1024
 SM90_HEAD_DIM = 128
 """What the prefill kernel for Hopper takes, in 16-bit formats."""
 
-SM90_BLOCKS = {64: (64, 3, 128), 128: (128, 2, 168)}
-"""Its tiles of rows, for one or two warpgroups, and for each the tile of keys, tiles on their way, and registers."""
+
+class Sm90Tiles(NamedTuple):
+    """What goes with a tile of rows of the prefill kernel for Hopper: tile of keys, tiles on their way, registers."""
+
+    block_n: int
+    num_stages: int
+    registers: int
+
+
+SM90_TILES = {64: Sm90Tiles(64, 3, 128), 128: Sm90Tiles(128, 2, 168)}
+"""By rows: 64 for each warpgroup that attends."""
 
 SM90_LONG_ROWS = 2048
 """From here on tiles of 128 rows; of fewer rows, two programs on a multiprocessor hide how each begins and ends."""
@@ -101,7 +110,7 @@ class LaunchPlan:
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
         if self.path == "prefill_sm90":
-            options["maxnreg"] = SM90_BLOCKS[self.block_m][2]
+            options["maxnreg"] = SM90_TILES[self.block_m].registers
         # Without a number the assembler spills a few, for an occupancy of no use here; in these with one.
         spills_with_one = self.one_query and self.num_warps == 4 and (several or self.block_d == 64)
         if self.path == "split" and not spills_with_one:
@@ -289,7 +298,7 @@ def plan(
         if is_forced or not (block_m or block_n or _forced.path or _forced.block_m or _forced.block_n):
             path = "prefill_sm90"
             block_m = (_forced.block_m if is_forced else None) or (128 if rows >= SM90_LONG_ROWS else 64)
-            block_n = SM90_BLOCKS[block_m][0]
+            block_n = SM90_TILES[block_m].block_n
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     one_query = path == "split" and q_len == 1
@@ -346,7 +355,7 @@ def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: i
 
 def _num_stages(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
     if path == "prefill_sm90":
-        return SM90_BLOCKS[block_m][1]
+        return SM90_TILES[block_m].num_stages
     if is_float32:
         return 3 if path == "prefill" and block_d == 128 else 2
     return 3 if path == "split" or (arch == 90 and block_d <= 128) else 2

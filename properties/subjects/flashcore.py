@@ -91,7 +91,7 @@ def model(device: str) -> ArithmeticModel:
 
 def subject() -> Subject:
     """The shipped kernels."""
-    hopper = {f"prefill_sm90 {block_m}": partial(on_hopper, block_m) for block_m in tuning.SM90_BLOCKS}
+    hopper = {f"prefill_sm90 {block_m}": partial(on_hopper, block_m) for block_m in tuning.SM90_TILES}
     return Subject(
         spec=DEFAULT,
         attention_with_kv_cache=flashcore.attention_with_kv_cache,
