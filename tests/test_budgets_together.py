@@ -123,15 +123,16 @@ def test_of_many_keys_the_underflow_is_overestimated_where_nothing_else_is_chang
 
 def test_a_value_that_is_no_number_is_seen_among_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "MANY_KEYS", 40)
-    sequence = drawn("normal", 2, 50)
+    sequence = drawn("normal", 1, 50)
     sequence.value[0, 49, 3] = np.nan
     sequence.value[1, 7, 2] = -np.inf
 
-    out = budgets([sequence], scale=0.7, fmt="float16", model=INTERPRETER)[0].out
+    found = budgets([sequence], scale=0.7, fmt="float16", model=INTERPRETER)[0]
 
-    unbounded = np.zeros(out.shape, np.bool_)
-    unbounded[:3, 1, 3] = unbounded[3:, :, 2] = True
-    assert np.array_equal(np.isnan(out), unbounded)
+    unbounded = np.zeros(found.out.shape, np.bool_)
+    unbounded[:3, 0, 3] = unbounded[3:, 0, 2] = True
+    assert np.array_equal(np.isnan(found.out), unbounded)
+    assert not found.overflow_free.any()
 
 
 @pytest.mark.parametrize("model", [INTERPRETER, HOPPER], ids=lambda m: m.name)
