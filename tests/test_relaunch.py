@@ -113,7 +113,7 @@ def test_rows_are_aligned_and_lie_apart(batch: int) -> None:
 
 def test_a_long_generation_holds_no_more_memory_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where steps go to a kernel whose programs take several splits."""
-    monkeypatch.setattr(tuning, "multiprocessors", lambda _: 3)
+    monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(3, 0.0))
     live: list[weakref.ref[Tensor]] = []
     empty = buffers.empty
 

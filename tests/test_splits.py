@@ -57,25 +57,55 @@ def test_the_host_guesses_where_splits_begin_only_for_rows_that_are_alike() -> N
     assert whole.likely_split_size(1000, 1000, is_even=True) == 0
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "slots", "is_even", "on_h100", "on_h200"),
+    [
+        (128, 64, 512, True, 4, 4),
+        (128, 64, 2048, True, 8, 4),
+        (128, 64, 16384, True, 16, 4),
+        (128, 128, 2048, True, 16, 16),
+        (128, 128, 4096, True, 16, 4),
+        (512, 64, 16384, True, 16, 16),
+        (24, 64, 2048, True, 1, 1),
+        (24, 64, 4096, True, 4, 4),
+        (24, 64, 16384, True, 1, 1),
+        (32, 128, 8192, True, 4, 4),
+        (128, 64, 4096, False, 1, 1),
+        (512, 128, 4096, False, 4, 4),
+    ],
+)
+def test_a_program_takes_no_more_than_it_can_read_as_fast_as_the_memory_gives(
+    heads: int, head_dim: int, slots: int, is_even: bool, on_h100: int, on_h200: int
+) -> None:
+    plan = tuning.plan(q_len=1, group_size=1, head_dim=head_dim, dtype=torch.float16)
+
+    taken = [
+        plan.splits_per_program(heads, slots, slots, is_even=is_even, gpu=tuning.Gpu(132, rate))
+        for rate in (3352, 4917)
+    ]
+
+    assert taken == [on_h100, on_h200]
+
+
 @pytest.mark.parametrize("multiprocessors", [5, 17])
 def test_how_many_splits_a_program_takes_changes_no_bit(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of few multiprocessors gets groups of splits and whole rows where a large one gets a split a program."""
-    lengths = (113, 0, 64, 16, 97)
-    key, value = (normal(5, 2, 130, 16, dtype=torch.float32, seed=i) for i in (1, 2))
+    lengths = (600, 0, 64, 16, 97)
+    key, value = (normal(5, 2, 610, 16, dtype=torch.float32, seed=i) for i in (1, 2))
     query = normal(5, 4, 1, 16, dtype=torch.float32, seed=3)
     new_key, new_value = (normal(5, 2, 1, 16, dtype=torch.float32, seed=i) for i in (4, 5))
     taken = []
 
     def decode(rows: int, multiprocessors: int) -> tuple[Any, ...]:
-        monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+        monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(multiprocessors, 0.0))
         lens = torch.tensor(lengths[:rows], dtype=torch.int32, device=DEVICE)
         plan = tuning.plan(q_len=1, group_size=2, head_dim=16, dtype=torch.float32, block_n=16)
         bound = max(lengths[:rows])
-        share = plan.splits_per_program(2 * rows, bound, bound, is_even=rows == 1, multiprocessors=multiprocessors)
+        share = plan.splits_per_program(2 * rows, bound, bound, is_even=rows == 1, gpu=tuning.Gpu(multiprocessors, 0.0))
         taken.append(min(share, 5))
         result = flashcore.attention_with_kv_cache(
             query[:rows], new_key[:rows], new_value[:rows], (key[:rows].clone(), value[:rows].clone()), seq_lens=lens,
-            cache_max_len=130, block_n=16, is_causal=True, return_lse=True,
+            cache_max_len=610, block_n=16, is_causal=True, return_lse=True,
         )  # fmt: skip
         return result[0], *result[2:]
 
@@ -109,7 +139,7 @@ def test_rows_whose_splits_grew_stand_beside_rows_whose_did_not(lengths: tuple[i
 
 def test_a_step_is_repeated_again_once_another_kernel_has_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the fifth split on a program takes four here: the first step then goes the ordinary way, and no other."""
-    monkeypatch.setattr(tuning, "multiprocessors", lambda _: 5)
+    monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(5, 0.0))
     prepared: list[int] = []
     launch = attention_production._launch_attention
 
@@ -136,7 +166,7 @@ def test_a_zero_has_the_same_sign_however_splits_are_shared_out(
     batch: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values of -1 rescaled by zero are -0, and so is the new token's: merged with an empty split they would be +0."""
-    monkeypatch.setattr(tuning, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(multiprocessors, 0.0))
     slots = 6 * 16
     query, new_key, new_value = (torch.full((batch, 1, 1, 16), x, device=DEVICE) for x in (1.0, 200.0, -0.0))
     key, value = (torch.full((batch, 1, slots + 1, 16), x, device=DEVICE) for x in (0.0, -1.0))
@@ -189,7 +219,7 @@ def test_drawn_decode_steps_are_shared_out_in_every_way() -> None:
         if plan.path == "split" and plan.num_splits(longest) > tuning.SPLIT_GROUP:
             taken = plan.splits_per_program(
                 case.batch * case.num_kv_heads, longest, longest, is_even=True,
-                multiprocessors=tuning.multiprocessors(torch.device("cpu")),
+                gpu=tuning.gpu(torch.device("cpu")),
             )  # fmt: skip
             way = {1: "a split", tuning.SPLIT_GROUP: "a group"}.get(taken, "a row")
             yield from (way, f"{way}, uneven")[: 1 + (len(set(call.seq_lens)) > 1)]

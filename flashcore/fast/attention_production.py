@@ -544,7 +544,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         problem.max_cached if problem.longest is None else problem.longest,
         problem.max_cached,
         is_even=problem.is_even,
-        multiprocessors=tuning.multiprocessors(device),
+        gpu=tuning.gpu(device),
     )
     likely_split_size = plan.likely_split_size(problem.longest, problem.max_cached, is_even=problem.is_even)
     scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)

@@ -49,11 +49,11 @@ class Call:
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, seq_lens: Tensor, options: tuple[object, ...]
     ) -> None:
-        """``options``: the arguments besides the tensors."""
+        """``seq_lens``: int32; ``options``: the arguments besides the tensors."""
         self.options = key_of(options)
         self.are_alike = likeness(query, key, value)
         self.reads = likeness(seq_lens)
-        self.reads_rows = seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
+        self.reads_rows = seq_lens.is_contiguous()
         self.may_be_repeated = PLAIN.issuperset(self.options[0]) and not (
             query.requires_grad or key.requires_grad or value.requires_grad
         )
@@ -209,7 +209,7 @@ class Relaunch:
         splits = self.plan.grid_splits(bound)
         per_program = self.plan.splits_per_program(
             self.heads * self.row_tiles, bound, bound,
-            is_even=is_even, multiprocessors=tuning.multiprocessors(self.device),
+            is_even=is_even, gpu=tuning.gpu(self.device),
         )  # fmt: skip
         programs = tuning.ceil_div(splits, per_program) * self.heads
         likely = self.plan.likely_split_size(bound, bound, is_even=is_even)

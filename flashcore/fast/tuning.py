@@ -63,6 +63,31 @@ SPLIT_GROUP = 4
 LEAST_MERGED_ROWS = 4
 """Rows of the smallest tile that merges stored splits: each size is a kernel of its own."""
 
+PROGRAM_GB_S = (25.0, 31.0)
+"""What one program of a decode step reads at most, alone on a multiprocessor: up to head_dim 64, and beyond it.
+
+Measured on an H200, as the next four are (docs/performance.md, version 7).
+"""
+
+MEMORY_SHARE = 0.85
+"""Of the memory's nominal rate, what all programs together read."""
+
+GROUPS_COST_US = 2.0
+"""What it costs to store groups of splits and merge them, instead of whole rows."""
+
+SPLITS_COST_US = 5.0
+"""What it costs to store single splits and merge them, instead of groups."""
+
+UNEVEN_PROGRAMS = 4
+"""Groups of rows that differ in length, for each multiprocessor, as if all were as long as the longest."""
+
+
+class Gpu(NamedTuple):
+    """What sharing out the work depends on: the nominal rate of the memory is 0 where it is not known."""
+
+    multiprocessors: int
+    memory_gb_s: float
+
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
@@ -83,6 +108,7 @@ class LaunchPlan:
         num_warps: of a program.
         num_stages: of the software pipeline.
         arch: compute capability of the GPU times 10.
+        slot_bytes: of keys and values of one slot, as the kernel reads them.
     """
 
     path: Path
@@ -99,6 +125,7 @@ class LaunchPlan:
     num_warps: int
     num_stages: int
     arch: int
+    slot_bytes: int
 
     def compiler_options(self, *, several: bool = False) -> dict[str, int | bool]:
         """What the kernels are compiled with; ``several``: the one in which a program takes several splits.
@@ -112,7 +139,9 @@ class LaunchPlan:
         if self.path == "prefill_sm90":
             options["maxnreg"] = SM90_TILES[self.block_m].registers
         # Without a number the assembler spills a few, for an occupancy of no use here; in these with one.
-        spills_with_one = self.one_query and self.num_warps == 4 and (several or self.block_d == 64)
+        spills_with_one = (
+            self.one_query and self.num_warps == 4 and (self.arch == 90 if several else self.block_d == 64)
+        )
         if self.path == "split" and not spills_with_one:
             options["maxnreg"] = 255
         return options
@@ -129,7 +158,7 @@ class LaunchPlan:
         )
         return max(min(wanted, self.max_splits), 1)
 
-    def splits_per_program(self, rows: int, longest: int, bound: int, *, is_even: bool, multiprocessors: int) -> int:
+    def splits_per_program(self, rows: int, longest: int, bound: int, *, is_even: bool, gpu: Gpu) -> int:
         """Consecutive splits that one program takes. No bit depends on it: it may follow from the whole batch.
 
         A program that has its whole row merges nothing through memory, one that has a group of splits stores one
@@ -140,7 +169,7 @@ class LaunchPlan:
             longest: cached slots of the longest row, as far as the host can tell.
             bound: cached slots that no row exceeds.
             is_even: whether all rows are about as long, as far as the host can tell.
-            multiprocessors: of the GPU.
+            gpu: it runs on.
 
         Returns:
             1, SPLIT_GROUP, or as many as any row has.
@@ -148,11 +177,23 @@ class LaunchPlan:
         if not self.one_query:
             return 1
         most = self.grid_splits(bound)
-        enough = multiprocessors * 2 // 3
-        if rows >= enough and (is_even or longest <= self.few_splits * self.kv_split_size):
+        enough = gpu.multiprocessors * 2 // 3
+        is_short = longest <= self.few_splits * self.kv_split_size
+        if rows >= enough and (is_even or is_short) and self._waits_us(rows, longest, gpu) <= GROUPS_COST_US:
             return most
         groups = ceil_div(self.grid_splits(longest), SPLIT_GROUP)
-        return min(SPLIT_GROUP, most) if rows * groups >= enough else 1
+        # Of rows that differ most have fewer groups than the longest.
+        if rows * groups < (enough if is_even else UNEVEN_PROGRAMS * gpu.multiprocessors):
+            return 1
+        return min(SPLIT_GROUP, most) if self._waits_us(rows * groups, longest / groups, gpu) <= SPLITS_COST_US else 1
+
+    def _waits_us(self, programs: int, slots: float, gpu: Gpu) -> float:
+        """What programs of so many slots take longer than the memory needs, each alone on a multiprocessor."""
+        if programs > gpu.multiprocessors or not gpu.memory_gb_s:
+            return 0.0
+        alone = PROGRAM_GB_S[self.block_d > 64]
+        num_bytes = slots * self.slot_bytes
+        return num_bytes * (1 / alone - programs / (MEMORY_SHARE * gpu.memory_gb_s)) / 1e3
 
     def likely_split_size(self, longest: int | None, bound: int, *, is_even: bool) -> int:
         """Slots of each split of most rows, or 0 if the host cannot tell: for prefetches, on which no result depends.
@@ -253,9 +294,14 @@ def architecture(device: torch.device) -> int:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; for the CPU a few, so that small batches differ in how they are shared out, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 9
+def gpu(device: torch.device) -> Gpu:
+    """A GPU; for the CPU one of few multiprocessors, so that small batches differ in how they are shared out, too."""
+    if device.type != "cuda":
+        return Gpu(9, 0.0)
+    properties = torch.cuda.get_device_properties(device)
+    # Kilohertz, two transfers a clock, and bits.
+    rate = getattr(properties, "memory_clock_rate", 0) * 2 * getattr(properties, "memory_bus_width", 0) / 8e6
+    return Gpu(properties.multi_processor_count, rate)
 
 
 @functools.cache
@@ -320,6 +366,7 @@ def plan(
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
         num_stages=_num_stages(path, block_m, is_float32, block_d, arch),
         arch=arch,
+        slot_bytes=2 * head_dim * (4 if is_float32 else 2),
     )
 
 

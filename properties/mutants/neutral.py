@@ -105,7 +105,7 @@ MUTANTS = (
         "N10",
         "every program takes one split",
         Edit(TUNING, "if rows >= enough and (is_even or", "if False and (is_even or"),
-        Edit(TUNING, "return min(SPLIT_GROUP, most) if rows * groups >= enough else 1", "return 1"),
+        Edit(TUNING, "return min(SPLIT_GROUP, most) if self._waits_us(", "return 1 if self._waits_us("),
         laws=("many_splits",),
     ),
     _neutral(
@@ -129,13 +129,13 @@ MUTANTS = (
         Edit(WRAPPER, "min_len=lengths.shortest_after()", "min_len=lengths.shortest_after() // 2"),
         Edit(
             TUNING,
-            'multi_processor_count if device.type == "cuda" else 9',
-            'multi_processor_count // 2 if device.type == "cuda" else 4',
+            "return Gpu(9, 0.0)",
+            "return Gpu(4, 0.0)",
         ),
         Edit(
             RELAUNCH,
-            "multiprocessors=tuning.multiprocessors(self.device)",
-            "multiprocessors=4 * tuning.multiprocessors(self.device)",
+            "gpu=tuning.gpu(self.device)",
+            "gpu=tuning.Gpu(36, 0.0)",
         ),
         laws=("many_splits",),
     ),
