@@ -30,6 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from flashcore.fast import launching, sm90, tuning
 from flashcore.fast.kernels.prefill import prefill_attention
 from flashcore.fast.kernels.prefill_sm90 import prefill_attention_sm90
+from flashcore.fast.kernels.primitives import LENGTHS
 from flashcore.fast.kernels.split_kv import split_kv_attention
 
 KERNELS = {"split": split_kv_attention, "prefill": prefill_attention, "prefill_sm90": prefill_attention_sm90}
@@ -101,7 +102,8 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
             signature[name] = f"tensordesc<{DTYPES[dtype][1:]}[1, 1, {plan.block_n}, {plan.block_d}],{layout!r}>"
         elif name.endswith("_ptr"):
             signature[name] = pointer_types.get(name, DTYPES[dtype])
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            if name not in LENGTHS:
+                attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "qk_scale" else "i32"
     compiled = triton.compile(

@@ -17,7 +17,10 @@ from properties.case import Case
 from properties.runner import run
 from properties.strategies import cases
 
-FLAGS = {"HAS_SEQ_LENS": primitives.HAS_SEQ_LENS, "HAS_NEW_LENS": primitives.HAS_NEW_LENS, "APPEND": primitives.APPEND}
+FLAGS = {
+    name: getattr(primitives, name)
+    for name in ("HAS_SEQ_LENS", "HAS_NEW_LENS", "APPEND", "LONG_SEQ_LENS", "LONG_NEW_LENS")
+}
 CONSTANTS = ("MASK_D",)
 PATHS = ("prefill", "split")
 BRANCHES = {
@@ -49,6 +52,7 @@ class Spy:
                 arguments[0].zero_()
                 return
             given = constants | dict(zip(self.arg_names, arguments, strict=False))
+            assert given["seq_lens_ptr"].dtype == given["new_lens_ptr"].dtype == torch.int32  # else a kernel more each
             constexprs = [*CONSTANTS, "ONE_QUERY"] if self.path == "split" else CONSTANTS
             self.seen.update(f"{self.path}, {name}={bool(given[name])}" for name in constexprs)
             self.seen.update(f"{self.path}, {name}={bool(given['flags'] & bit.value)}" for name, bit in FLAGS.items())

@@ -19,7 +19,14 @@ if interpreter.is_on():
 
 from flashcore.fast.kernels.append import append_new_tokens
 from flashcore.fast.kernels.prefill import prefill_attention
-from flashcore.fast.kernels.primitives import APPEND, HAS_NEW_LENS, HAS_SEQ_LENS, RETURN_LSE
+from flashcore.fast.kernels.primitives import (
+    APPEND,
+    HAS_NEW_LENS,
+    HAS_SEQ_LENS,
+    LONG_NEW_LENS,
+    LONG_SEQ_LENS,
+    RETURN_LSE,
+)
 from flashcore.fast.kernels.split_kv import split_kv_attention
 
 Q_AXES = "[batch, num_q_heads, q_len, head_dim]"
@@ -264,7 +271,10 @@ def attention_with_kv_cache(
         slot_limit=min(capacity, cache_max_len),
         owner=owner,
         call=relaunch.Call(query, key, value, lengths.seq_lens, options)
-        if may_repeat and lengths.bound is not None and lengths.seq_lens is not None
+        if may_repeat
+        and lengths.bound is not None
+        and lengths.seq_lens is not None
+        and lengths.seq_lens.dtype == torch.int32
         else None,
     )
     plan = tuning.plan(
@@ -505,13 +515,14 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         fault = problem.owner.fault
     elif any(t is not None for t in lens):  # read and checked by the host: what the kernel could report is not missed
         fault = torch.zeros(2, dtype=torch.int32, device=device)
-    pointers = (*sources, *(unused_int if t is None else t for t in lens))
+    flags = _flags(lens, append=problem.seq_lens_out is not None, return_lse=lse is not None)
+    words = [None if t is None else _words(t) for t in lens]
+    pointers = (*sources, *(unused_int if t is None else t for t in words))
     sizes = [
         problem.max_cached, q_len, problem.num_new_keys, problem.causal_offset,
         num_kv_heads, group_size, head_dim, problem.slot_limit,
     ]  # fmt: skip
-    flags = _flags(lens, append=problem.seq_lens_out is not None, return_lse=lse is not None)
-    strides = (*(0 if t is None else t.stride(0) for t in lens), *(s for t in sources for s in t.stride()[:3]))
+    strides = (*(0 if t is None else t.stride(0) for t in words), *(s for t in sources for s in t.stride()[:3]))
     constants: dict[str, Any] = {
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
@@ -590,8 +601,15 @@ def _flags(lens: tuple[Tensor | None, Tensor | None], *, append: bool, return_ls
         HAS_NEW_LENS: lens[1] is not None,
         APPEND: append,
         RETURN_LSE: return_lse,
+        LONG_SEQ_LENS: lens[0] is not None and lens[0].dtype == torch.int64,
+        LONG_NEW_LENS: lens[1] is not None and lens[1].dtype == torch.int64,
     }
     return sum(int(bit.value) for bit, is_set in bits.items() if is_set)
+
+
+def _words(lens: Tensor) -> Tensor:
+    """[batch] int32 lengths, or [batch, 2] the words of int64 ones: a kernel for each type is one more to compile."""
+    return lens if lens.dtype == torch.int32 else lens.unsqueeze(1).view(torch.int32)
 
 
 def _launch_append(problem: _Problem) -> None:
@@ -602,13 +620,14 @@ def _launch_append(problem: _Problem) -> None:
     block_n = 16
     token_tiles = tuning.ceil_div(q_len, block_n)
     lens = (problem.seq_lens, problem.new_lens)
+    words = [None if t is None else _words(t) for t in lens]
     caches, new = (problem.k_cache, problem.v_cache), (problem.k_new, problem.v_new)
     append_new_tokens[(token_tiles * num_kv_heads * batch,)](
         problem.seq_lens_out, problem.owner.fault, *caches, *new,
-        *(buffers.unused(torch.int32, problem.k_new.device) if t is None else t for t in lens),
+        *(buffers.unused(torch.int32, problem.k_new.device) if t is None else t for t in words),
         problem.max_cached, q_len, num_kv_heads, head_dim, problem.slot_limit, token_tiles,
         _flags(lens, append=True, return_lse=False),
-        *(0 if t is None else t.stride(0) for t in lens), *(s for t in (*caches, *new) for s in t.stride()),
+        *(0 if t is None else t.stride(0) for t in words), *(s for t in (*caches, *new) for s in t.stride()),
         BLOCK_N=block_n, BLOCK_D=tuning.padded_head_dim(head_dim),
     )  # fmt: skip
 

@@ -87,8 +87,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)",
-                "given = tl.load(seq_lens_ptr + b)",
+                "load_length(seq_lens_ptr, b.to(tl.int64) * stride_seq,",
+                "load_length(seq_lens_ptr, b,",
             ),
         ),
         LENGTHS,
@@ -101,8 +101,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "given_new = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)",
-                "given_new = tl.load(new_lens_ptr + b)",
+                "load_length(new_lens_ptr, b.to(tl.int64) * stride_new,",
+                "load_length(new_lens_ptr, b,",
             ),
         ),
         LENGTHS,

@@ -35,8 +35,8 @@ MUTANTS = (
         (
             Edit(
                 PRIMITIVES,
-                "given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)",
-                "given = tl.load(seq_lens_ptr)",
+                "load_length(seq_lens_ptr, b.to(tl.int64) * stride_seq,",
+                "load_length(seq_lens_ptr, 0 * b,",
             ),
         ),
         VALUES,

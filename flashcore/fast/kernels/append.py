@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashcore.fast.kernels.primitives import append_tokens, report_fault, row_lengths
+from flashcore.fast.kernels.primitives import LENGTHS, append_tokens, report_fault, row_lengths
 
 RUN_TIME_ARGUMENTS = """
     max_cached q_len num_kv_heads head_dim slot_limit token_tiles flags stride_seq stride_new
@@ -12,7 +12,7 @@ RUN_TIME_ARGUMENTS = """
 """.split()
 
 
-@triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS, do_not_specialize_on_alignment=LENGTHS)
 def append_new_tokens(
     seq_lens_out_ptr, fault_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
     max_cached, q_len, num_kv_heads, head_dim, slot_limit, token_tiles, flags, stride_seq, stride_new,

@@ -7,6 +7,7 @@ from flashcore.fast.kernels.primitives import (
     APPEND,
     HAS_NEW_LENS,
     HAS_SEQ_LENS,
+    LENGTHS,
     append_tokens,
     attend_segment,
     known_multiple_of_8,
@@ -28,7 +29,7 @@ RUN_TIME_ARGUMENTS = """
 """.split()
 
 
-@triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS, do_not_specialize_on_alignment=LENGTHS)
 def prefill_attention(
     out_ptr, lse_ptr, seq_lens_out_ptr, fault_ptr,
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,

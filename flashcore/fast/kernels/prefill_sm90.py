@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import PropagateNan, debug_barrier
 
 from flashcore.fast.kernels import prefill, primitives
-from flashcore.fast.kernels.primitives import APPEND, HAS_NEW_LENS, HAS_SEQ_LENS, RETURN_LSE
+from flashcore.fast.kernels.primitives import APPEND, HAS_NEW_LENS, HAS_SEQ_LENS, LENGTHS, RETURN_LSE
 
 row_lengths = gluon.jit(primitives.row_lengths.fn)
 report_fault = gluon.jit(primitives.report_fault.fn)
@@ -418,10 +418,7 @@ def produce(
             mbarrier.arrive(v_full.index(slot), count=1)
 
 
-# Compiling takes several times as long as with Triton: not again because lengths begin inside a tensor.
-@gluon.jit(
-    do_not_specialize=prefill.RUN_TIME_ARGUMENTS, do_not_specialize_on_alignment=["seq_lens_ptr", "new_lens_ptr"]
-)
+@gluon.jit(do_not_specialize=prefill.RUN_TIME_ARGUMENTS, do_not_specialize_on_alignment=LENGTHS)
 def prefill_attention_sm90(
     out_ptr, lse_ptr, seq_lens_out_ptr, fault_ptr,
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,

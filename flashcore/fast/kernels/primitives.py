@@ -16,8 +16,13 @@ HAS_SEQ_LENS = tl.constexpr(1)
 HAS_NEW_LENS = tl.constexpr(2)
 APPEND = tl.constexpr(4)
 RETURN_LSE = tl.constexpr(8)
+LONG_SEQ_LENS = tl.constexpr(16)
+LONG_NEW_LENS = tl.constexpr(32)
 
 SPLIT_GROUP = tl.constexpr(tuning.SPLIT_GROUP)
+
+LENGTHS = ("seq_lens_ptr", "new_lens_ptr")
+"""Read word by word: where in memory they begin is nothing to compile a kernel for."""
 
 
 @triton.jit
@@ -392,24 +397,32 @@ def merge_stored(
 
 
 @triton.jit
+def load_length(ptr, at, is_long):
+    """An int32 length, or (is_long) one of two words: -1, which no length is, if it needs both, as 2**32 + 1 does."""
+    low = tl.load(ptr + at)
+    high = tl.load(ptr + at + is_long)
+    return tl.where((is_long != 0) & (high != low >> 31), -1, low)
+
+
+@triton.jit
 def row_lengths(b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags):
     """Lengths of batch row ``b``: cached keys, new keys, real queries (clamped), and whether they were in range.
 
     Without ``seq_lens`` every row has ``max_cached`` cached keys, without ``new_lens`` ``q_len`` real queries and
     ``num_new_keys`` new keys. Lengths are validated on the host where that costs no synchronisation; the clamp
-    keeps what is read from the device from ever addressing memory outside the tensors.
+    keeps what is read from the device from ever addressing memory outside the tensors. LONG lengths are int64, of which
+    each pointer sees the words: so that their type is none of the kernel's.
     """
     cached = max_cached
     num_queries = q_len
     num_keys = num_new_keys
     lengths_ok = max_cached >= 0
     if flags & HAS_SEQ_LENS:
-        # Clamped before the cast: an int64 length of 2**32 + 1 is out of range, not 1.
-        given = tl.load(seq_lens_ptr + b.to(tl.int64) * stride_seq)
+        given = load_length(seq_lens_ptr, b.to(tl.int64) * stride_seq, (flags & LONG_SEQ_LENS) // LONG_SEQ_LENS)
         cached = tl.minimum(tl.maximum(given, 0), max_cached).to(tl.int32)
         lengths_ok = lengths_ok & (cached == given)
     if flags & HAS_NEW_LENS:
-        given_new = tl.load(new_lens_ptr + b.to(tl.int64) * stride_new)
+        given_new = load_length(new_lens_ptr, b.to(tl.int64) * stride_new, (flags & LONG_NEW_LENS) // LONG_NEW_LENS)
         num_queries = tl.minimum(tl.maximum(given_new, 0), q_len).to(tl.int32)
         num_keys = num_queries
         lengths_ok = lengths_ok & (num_queries == given_new)

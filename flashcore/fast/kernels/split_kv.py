@@ -7,6 +7,7 @@ from flashcore.fast.kernels.primitives import (
     APPEND,
     HAS_NEW_LENS,
     HAS_SEQ_LENS,
+    LENGTHS,
     SPLIT_GROUP,
     attend_new_tile,
     attend_tile,
@@ -38,7 +39,7 @@ RUN_TIME_ARGUMENTS = """
 """.split()
 
 
-@triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS)
+@triton.jit(do_not_specialize=RUN_TIME_ARGUMENTS, do_not_specialize_on_alignment=LENGTHS)
 def split_kv_attention(
     out_ptr, lse_ptr, seq_lens_out_ptr, partial_out_ptr, partial_m_ptr, partial_l_ptr, arrivals_ptr, fault_ptr,
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, seq_lens_ptr, new_lens_ptr,
