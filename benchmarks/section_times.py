@@ -117,7 +117,7 @@ def _finished(stopwatch: Stopwatch, call: Callable[..., Any]) -> Callable[..., A
 
     def run(*arguments: Any, **options: Any) -> Any:
         result = call(*arguments, **options)
-        if device.current() == "cuda":
+        if device.current() == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()
         return result
 

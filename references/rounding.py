@@ -93,6 +93,10 @@ def round_to(values: Any, fmt: Format | str, mode: Mode = "nearest", *, saturate
     x = np.asarray(values, dtype=np.float64)
     if fmt.precision >= FLOAT64.precision:
         return x.copy()
+    if mode == "nearest" and x.size > 0:
+        magnitude = np.abs(x)
+        if magnitude.max() <= fmt.max_finite:
+            return _round_in_range(np.atleast_1d(x), np.atleast_1d(magnitude), fmt).reshape(x.shape)
     finite = np.isfinite(x)
     _, exponent = np.frexp(np.where(finite, x, 0.0))  # |x| in [2**(exponent-1), 2**exponent)
     # Spacing of the format's values around x. Dividing and multiplying by it is exact: it is a power of two.
@@ -107,6 +111,25 @@ def round_to(values: Any, fmt: Format | str, mode: Mode = "nearest", *, saturate
     infinite = np.copysign(np.inf if fmt.has_infinity else np.nan, x)
     result: Float64Array = np.where(finite, rounded, np.where(np.isnan(x), np.nan, infinite))
     return result
+
+
+def _round_in_range(x: Float64Array, magnitude: Float64Array, fmt: Format) -> Float64Array:
+    """``round_to`` the nearest where nothing overflows: integer arithmetic, in half the time."""
+    bits = x.view(np.uint64)
+    dropped = FLOAT64.precision - fmt.precision
+    # One less than half of the last place kept, or half where that place is odd: adding it carries as rounding does.
+    kept = bits >> np.uint64(dropped)
+    kept &= np.uint64(1)
+    kept += np.uint64((1 << (dropped - 1)) - 1)
+    kept += bits
+    kept &= np.uint64((1 << 64) - (1 << dropped))
+    rounded: Float64Array = kept.view(np.float64)
+    is_subnormal = magnitude < fmt.smallest_normal
+    if is_subnormal.any():
+        small = x[is_subnormal]
+        shift = 1.5 * 2.0**52 * fmt.smallest_subnormal  # float64's spacing there is that of all subnormal values
+        rounded[is_subnormal] = np.copysign((small + shift) - shift, small)
+    return rounded
 
 
 def _e4m3_values() -> Float64Array:

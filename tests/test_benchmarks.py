@@ -369,3 +369,15 @@ def test_a_quick_run_without_a_gpu_fills_every_suite_and_says_what_it_is_worth(t
     assert all(r.us for r in results.rows)
     assert results.header["figure_of_merit"] is False
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_call_is_timed_until_the_device_is_done_but_not_while_a_graph_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capturing, waits = iter((False, True)), []
+    monkeypatch.setattr("properties.device.current", lambda: "cuda")
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: next(capturing))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: waits.append(1))
+    timed = section_times._finished(section_times.Stopwatch("rest"), lambda: 5)
+
+    assert [(timed(), len(waits)) for _ in range(2)] == [(5, 1), (5, 1)]
