@@ -31,14 +31,6 @@ MUTANTS = (
         "gl.where(segment == 0, cached_tiles,",
     ),
     _fault(
-        "F472",
-        "POISON",
-        "Hopper: values beyond the end of a row are copied, not zeroed",
-        "NaN in unused slots",
-        "        if start_n + BLOCK_N <= stop:\n",
-        "        if start_n < stop:\n",
-    ),
-    _fault(
         "F473",
         "NUMERIC",
         "Hopper: rows that met a value that is not finite are not attended again",
