@@ -78,7 +78,7 @@ def joined(several: list[Sequence]) -> Sequences:
         value=_concatenated([one.value for one in several]),
         rows=_spans(queries),
         keys=_spans([one.key for one in several]),
-        visible=[one.visible if group_size == 1 else np.tile(one.visible, (group_size, 1)) for one in several],
+        visible=[one.visible if group_size == 1 else np.concatenate([one.visible] * group_size) for one in several],
     )
 
 

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from references.alarm import Independent
 from references.centred import Moments
+from references.pieces import Make
 from references.rounding_errors import Arithmetic, Error
-from references.softmax import Make, Sequences, Softmax, lifted_magnitude
+from references.softmax import Sequences, Softmax, lifted_magnitude
 from references.weight_errors import Deviations, p_rounding
 
 Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 # What exponentials lose by underflow may be overestimated up to this share of what additions lose ...
 UNDERFLOW_SHARE = 2.0**-80
@@ -123,13 +125,15 @@ def _spread(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Ar
     """
     if sequences.kv_len < MANY_KEYS:
         return None
-    _, rows, _, keys = sequences.sizes
-    sees_all = np.concatenate([visible.all(axis=-1) for visible in sequences.visible])
-    gap = -np.minimum.reduce(exact.gap, axis=-1)
+    many: bool | BoolArray = True
+    if len(sequences.rows) > 1 or sequences.hidden is not None:
+        _, rows, _, keys = sequences.sizes
+        many = np.concatenate([visible.all(axis=-1) for visible in sequences.visible])
+        many &= np.repeat(keys >= MANY_KEYS, rows)
     limit = math.log2(UNDERFLOW_SHARE * arithmetic.u / arithmetic.exp2_floor)
     # Where growth is 1, the first shares hold 1 + phi, which may overflow.
-    narrow = (gap <= limit) & (shares.growth > 1) & sees_all & np.repeat(keys >= MANY_KEYS, rows)
-    return np.where(narrow, np.exp2(np.minimum(gap, limit)), 0.0)
+    narrow = (exact.widest <= limit) & (shares.growth > 1) & many
+    return np.where(narrow, np.exp2(np.minimum(exact.widest, limit)), 0.0)
 
 
 def sums_of(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Arithmetic) -> Sums:

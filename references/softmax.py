@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right as bisect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from types import EllipsisType
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from references.pieces import NUMBERS_AT_ONCE, Make, Part, Piece, on_cache_line, scores_of_one, sums_of_one
 from references.rounding import Format
 
 Float64Array = NDArray[np.float64]
@@ -22,58 +20,10 @@ BoolArray = NDArray[np.bool_]
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
-# Numbers of keys or values that are worked on at once, so that what is made of them stays in a cache.
-NUMBERS_AT_ONCE = 1 << 16
-# Numbers of a cache line.
-CACHE_LINE = 8
-# Up to so many queries a product of keys with queries is faster than one of queries with keys.
+# Up to so many queries a product of keys with queries is faster than one of queries with keys, ...
 FEW_ROWS = 12
-
-# Of some rows of an array [..., rows, columns].
-Index = tuple[EllipsisType, slice, slice]
-
-
-class Part(NamedTuple):
-    """Keys of one sequence in a piece.
-
-    Attributes:
-        sequence: which.
-        keys: where they are in [..., keys of the piece, head_dim].
-        columns: the same counted in the sequence.
-        rows: where the rows of the sequence are in [..., rows, head_dim].
-        scores: where rows and keys are in [..., rows, kv_len].
-    """
-
-    sequence: int
-    keys: Index
-    columns: slice
-    rows: Index
-    scores: Index
-
-
-class Piece(NamedTuple):
-    """Keys that are worked on at once.
-
-    Attributes:
-        keys: where they are in [..., keys, head_dim].
-        room: for what is made of them.
-        parts: of the sequences that they belong to.
-    """
-
-    keys: Index
-    room: Float64Array
-    parts: list[Part]
-
-
-# Makes an array of another one and of room for it: a function of NumPy and its argument ``out``.
-Make = Callable[[Float64Array, Float64Array], Float64Array]
-
-
-def on_cache_line(shape: tuple[int, ...]) -> Float64Array:
-    """A new array that begins with a cache line: products of it are up to a third faster."""
-    size = math.prod(shape)
-    numbers = np.empty(size + CACHE_LINE)
-    return numbers[-numbers.ctypes.data // numbers.itemsize % CACHE_LINE :][:size].reshape(shape)
+# ... but for so few scores at once, for which BLAS copies no keys.
+FEW_SCORES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -125,10 +75,24 @@ class Sequences:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Ranges of the keys, of the heads that are worked on at once."""
+        return self._pieces(self.key.shape[1])
+
+    @cached_property
+    def _pieces_for_scores(self) -> list[Piece]:
+        """The same, shorter ones for few rows."""
+        return self._pieces(FEW_SCORES // self.query.shape[1]) if self.has_few_rows else self.pieces
+
+    @property
+    def is_one_in_pieces(self) -> bool:
+        """Whether this is one sequence with many keys, all of which are in every piece."""
+        return len(self.rows) == 1 and len(self.pieces) > 1
+
+    def _pieces(self, at_most: int) -> list[Piece]:
+        """Pieces of so many keys, or of as many as stay in a cache."""
         _, num_keys, head_dim = self.key.shape
         if self.key.size <= NUMBERS_AT_ONCE:
             return [self._piece(0, num_keys, np.empty(self.key.shape))]
-        length = max(1, NUMBERS_AT_ONCE // head_dim)
+        length = max(1, min(at_most, NUMBERS_AT_ONCE // head_dim))
         room = on_cache_line((length, head_dim))
         return [self._piece(start, min(start + length, num_keys), room) for start in range(0, num_keys, length)]
 
@@ -154,6 +118,8 @@ class Sequences:
             wanted: queries, and what to make of the keys before they meet them; None: nothing. Everything that is
                 wanted is taken of a piece of the keys while it is in a cache.
         """
+        if self.is_one_in_pieces:
+            return scores_of_one(self.key, self._pieces_for_scores, wanted)
         new = np.empty if len(self.rows) == 1 else np.zeros
         results = [new((*query.shape[:2], self.kv_len)) for query, _ in wanted]
         few = self.has_few_rows
@@ -183,6 +149,8 @@ class Sequences:
                 made; of a single sequence also those of several kinds, one below the other. None: the sum over all
                 keys, [num_kv_heads, sequences, head_dim].
         """
+        if self.is_one_in_pieces:
+            return sums_of_one(self.value, self.pieces, wanted)
         num_kv_heads, _, head_dim = self.value.shape
         ones = np.ones(self.kv_len)
 
@@ -250,7 +218,7 @@ class Softmax:
     blind: BoolArray | None  # [rows] which see no key; None: there is none
     logit: Float64Array  # -inf where hidden
     gap: Float64Array  # logit less the largest one, in octaves: never above 0
-    largest_gap: float
+    widest: Float64Array  # [num_kv_heads, rows] the gap that is furthest below 0, without its sign
     peak: Float64Array  # [num_kv_heads, rows] largest logit, 0 without keys
     power: Float64Array  # 2**gap
     # Of few rows of one sequence [num_kv_heads, 2 * rows, kv_len], the powers and below them room for ``Shares``.
@@ -283,13 +251,13 @@ def softmax_of(sequences: Sequences, logit: Float64Array) -> Softmax:
     gap = logit - peak[..., None]
     if hidden is not None:  # exp2 of what underflows is several times as slow
         np.copyto(gap, 0.0, where=hidden)
-    rows = gap.shape[1]
+    num_kv_heads, rows, kv_len = gap.shape
     is_stacked = len(sequences.rows) == 1 and sequences.has_few_rows
-    stack = np.empty((len(gap), 2 * rows, gap.shape[2])) if is_stacked else None
+    stack = np.empty((num_kv_heads, 2 * rows, kv_len)) if is_stacked else None
     power = np.exp2(gap, out=None if stack is None else stack[:, :rows])
     if hidden is not None:
         np.copyto(power, 0.0, where=hidden)
     total = np.add.reduce(power, axis=-1)
     if blind is not None:
         total[:, blind] = 1.0
-    return Softmax(hidden, blind, logit, gap, -float(np.minimum.reduce(gap, axis=None)), peak, power, stack, total)
+    return Softmax(hidden, blind, logit, gap, -np.minimum.reduce(gap, axis=-1), peak, power, stack, total)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from references.pieces import Make
 from references.rounding_errors import Arithmetic, Error
-from references.softmax import LN_2, LOG2_E, Make, Sequences, Softmax, lifted_magnitude
+from references.softmax import LN_2, LOG2_E, Sequences, Softmax, lifted_magnitude
 from references.tiling import ONE_TILE, Count, Counts, Layout, add_to_keys, highest, path
 
 Float64Array = NDArray[np.float64]
@@ -103,6 +104,9 @@ def deviations_of(
     if 0 < c < 2 * model.work.smallest_normal:
         theta += 2 * arithmetic.floor / c
     factor = (1 + u) * c * (1 + theta)
+    # The alarm's is kept, and the gate's shares are where there is room for them.
+    stack = exact.stack if arithmetic.confidence is None else None
+    room = np.empty_like(exact.logit) if stack is None else stack[:, exact.logit.shape[1] :]
     if sizes.of_keys is not None:
         query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
         if arithmetic.fused:  # the scaled query may be subnormal where the query is not
@@ -110,12 +114,11 @@ def deviations_of(
         exponent = np.multiply(sizes.of_products, factor * g, out=sizes.of_products)
         exponent += sizes.of_keys * ((1 + u) * (1 + g) * query_floor)
         constant = (1 + u) * score_floor
-        room = np.empty_like(exponent)
     else:
         factor *= 1 + u
         exponent = np.multiply(sizes.of_products, factor * g, out=sizes.of_products)
         constant = factor * score_floor + (1 + u) * arithmetic.floor
-        room = np.abs(exact.logit)
+        np.abs(exact.logit, out=room)
         room *= (1 + u) * u * (1 + theta)
         exponent += room
     if exact.hidden is not None:
@@ -205,7 +208,7 @@ def p_rounding(exact: Softmax, arithmetic: Arithmetic) -> Error:
         return 0.0
     fmt, mode = arithmetic.p_format, arithmetic.model.p_rounding
     relative = fmt.unit_roundoff(mode)
-    if exact.largest_gap < -fmt.emin:
+    if exact.widest.max() < -fmt.emin:
         return relative
     with np.errstate(over="ignore"):
         error = np.exp2(-exact.gap)

@@ -36,9 +36,9 @@ from references.arithmetic_model import INTERPRETER
 from references.attention import attention, visible_keys
 from references.error_bounds import Sequence, budgets
 from references.kv_cache import ReferenceCache
+from references.pieces import NUMBERS_AT_ONCE, on_cache_line
 from references.rounding import round_to
 from references.simulator import simulate
-from references.softmax import NUMBERS_AT_ONCE, on_cache_line
 from references.tiling import tiling
 
 ALARM_LAMBDA = 6.0
