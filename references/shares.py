@@ -143,6 +143,10 @@ def sums_of(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Ar
     def lifted(value: Float64Array, room: Float64Array) -> Float64Array:
         return lifted_magnitude(np.abs(value, out=room), fmt, True)
 
+    def squared(_: Float64Array, magnitudes: Float64Array) -> Float64Array:
+        """Of the same values, whose magnitudes are still in their room: they are nearer than the values."""
+        return np.square(magnitudes, out=magnitudes)
+
     if arithmetic.fused:
         lifts = any(
             ((size > 0) & (size < fmt.smallest_normal)).any()
@@ -152,7 +156,7 @@ def sums_of(sequences: Sequences, exact: Softmax, shares: Shares, arithmetic: Ar
     saved = spread is not None and bool(spread.all())
     wanted: list[tuple[Make | None, list[Float64Array | None]]] = [
         (np.abs, [*shares.of_values] if saved else [*shares.of_values, None]),
-        (np.square, [shares.of_distances]),
+        (squared, [shares.of_distances]),
         (None, [exact.power, shares.of_distances] if shares.stack is None else [shares.stack]),
     ]
     if lifts:
