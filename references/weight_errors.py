@@ -104,9 +104,6 @@ def deviations_of(
     if 0 < c < 2 * model.work.smallest_normal:
         theta += 2 * arithmetic.floor / c
     factor = (1 + u) * c * (1 + theta)
-    # The alarm's is kept, and the gate's shares are where there is room for them.
-    stack = exact.stack if arithmetic.confidence is None else None
-    room = np.empty_like(exact.logit) if stack is None else stack[:, exact.logit.shape[1] :]
     if sizes.of_keys is not None:
         query_floor = arithmetic.fmt.underflow_error() + 2 * arithmetic.floor
         if arithmetic.fused:  # the scaled query may be subnormal where the query is not
@@ -114,11 +111,12 @@ def deviations_of(
         exponent = np.multiply(sizes.of_products, factor * g, out=sizes.of_products)
         exponent += sizes.of_keys * ((1 + u) * (1 + g) * query_floor)
         constant = (1 + u) * score_floor
+        room = np.empty_like(exponent)
     else:
         factor *= 1 + u
         exponent = np.multiply(sizes.of_products, factor * g, out=sizes.of_products)
         constant = factor * score_floor + (1 + u) * arithmetic.floor
-        np.abs(exact.logit, out=room)
+        room = np.abs(exact.logit)
         room *= (1 + u) * u * (1 + theta)
         exponent += room
     if exact.hidden is not None:
