@@ -65,19 +65,26 @@ def on_cache_line(shape: tuple[int, ...]) -> Float64Array:
     return numbers[-numbers.ctypes.data // numbers.itemsize % CACHE_LINE :][:size].reshape(shape)
 
 
-def scores_of_one(
+def scores_of_few(
     key: Float64Array, pieces: list[Piece], wanted: Iterable[tuple[Float64Array, Make | None]]
 ) -> list[Float64Array]:
-    """``Sequences.scores`` of one sequence of many keys, which is all of every piece: little is to be looked up."""
-    several = list(wanted)
-    results = [np.empty((*query.shape[:2], key.shape[1])) for query, _ in several]
+    """``Sequences.scores`` of few rows of one sequence of many keys, which is all of every piece.
+
+    Those of a head are turned over when all of its keys are done: piece by piece it takes longer.
+    """
+    several = [(make, np.ascontiguousarray(query.mT)) for query, make in wanted]
+    num_kv_heads, kv_len, _ = key.shape
+    results = [np.empty((num_kv_heads, query.shape[-1], kv_len)) for _, query in several]
+    turned = [np.empty((kv_len, query.shape[-1])) for _, query in several]
     places = [(piece.parts[0].columns, piece.room) for piece in pieces]
     for head, its_keys in enumerate(key):
-        asked = [(make, query[head], result[head]) for (query, make), result in zip(several, results, strict=True)]
+        asked = [(make, query[head], scores) for (make, query), scores in zip(several, turned, strict=True)]
         for keys, room in places:
             some_keys = its_keys[keys]
-            for make, query, result in asked:
-                np.matmul(query, (some_keys if make is None else make(some_keys, room)).T, out=result[:, keys])
+            for make, query, scores in asked:
+                np.matmul(some_keys if make is None else make(some_keys, room), query, out=scores[keys])
+        for result, scores in zip(results, turned, strict=True):
+            result[head] = scores.T
     return results
 
 

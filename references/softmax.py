@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from references.pieces import NUMBERS_AT_ONCE, Make, Part, Piece, on_cache_line, scores_of_one, sums_of_one
+from references.pieces import NUMBERS_AT_ONCE, Make, Part, Piece, on_cache_line, scores_of_few, sums_of_one
 from references.rounding import Format
 
 Float64Array = NDArray[np.float64]
@@ -20,10 +20,8 @@ BoolArray = NDArray[np.bool_]
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
-# Up to so many queries a product of keys with queries is faster than one of queries with keys, ...
+# Up to so many queries a product of keys with queries is faster than one of queries with keys.
 FEW_ROWS = 12
-# ... but for so few scores at once, for which BLAS copies no keys.
-FEW_SCORES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -75,26 +73,17 @@ class Sequences:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Ranges of the keys, of the heads that are worked on at once."""
-        return self._pieces(self.key.shape[1])
-
-    @cached_property
-    def _pieces_for_scores(self) -> list[Piece]:
-        """The same, shorter ones for few rows."""
-        return self._pieces(FEW_SCORES // self.query.shape[1]) if self.has_few_rows else self.pieces
-
-    @property
-    def is_one_in_pieces(self) -> bool:
-        """Whether this is one sequence with many keys, all of which are in every piece."""
-        return len(self.rows) == 1 and len(self.pieces) > 1
-
-    def _pieces(self, at_most: int) -> list[Piece]:
-        """Pieces of so many keys, or of as many as stay in a cache."""
         _, num_keys, head_dim = self.key.shape
         if self.key.size <= NUMBERS_AT_ONCE:
             return [self._piece(0, num_keys, np.empty(self.key.shape))]
-        length = max(1, min(at_most, NUMBERS_AT_ONCE // head_dim))
+        length = max(1, NUMBERS_AT_ONCE // head_dim)
         room = on_cache_line((length, head_dim))
         return [self._piece(start, min(start + length, num_keys), room) for start in range(0, num_keys, length)]
+
+    @property
+    def is_one_in_pieces(self) -> bool:
+        """Whether this is one sequence with many keys, which is all of every piece."""
+        return len(self.rows) == 1 and len(self.pieces) > 1
 
     def _piece(self, start: int, stop: int, room: Float64Array) -> Piece:
         all_of_them, parts = slice(None), []
@@ -118,8 +107,8 @@ class Sequences:
             wanted: queries, and what to make of the keys before they meet them; None: nothing. Everything that is
                 wanted is taken of a piece of the keys while it is in a cache.
         """
-        if self.is_one_in_pieces:
-            return scores_of_one(self.key, self._pieces_for_scores, wanted)
+        if self.is_one_in_pieces and self.has_few_rows:
+            return scores_of_few(self.key, self.pieces, wanted)
         new = np.empty if len(self.rows) == 1 else np.zeros
         results = [new((*query.shape[:2], self.kv_len)) for query, _ in wanted]
         few = self.has_few_rows
