@@ -75,9 +75,16 @@ class Alike:
     the groups of a row are than the squares of its keys.
     """
 
-    def __init__(self, sequences: Sequences, exact: Softmax) -> None:
-        """Take the values, and the gaps of their weights."""
+    def __init__(self, sequences: Sequences, exact: Softmax, slack: Float64Array) -> None:
+        """Take the values, and the gaps of their weights.
+
+        Args:
+            sequences: the inputs.
+            exact: their softmax.
+            slack: [num_kv_heads, rows], by how much gaps of keys with equal logits may differ, see ``slack_of``.
+        """
         self.sequences = sequences
+        self.slack = slack[..., None]
         self.gap = -exact.gap
         if exact.hidden is not None:
             np.copyto(self.gap, np.inf, where=exact.hidden)
@@ -85,7 +92,7 @@ class Alike:
     @cached_property
     def tied(self) -> BoolArray:
         """[num_kv_heads, rows]: which have equal logits, whose scores err alike."""
-        return np.asarray(_like_before(np.sort(self.gap, axis=-1)).any(axis=-1))
+        return np.asarray(_like_before(np.sort(self.gap, axis=-1), self.slack).any(axis=-1))
 
     def excess(
         self,
@@ -101,7 +108,7 @@ class Alike:
             of_keys: s_j, [num_kv_heads, rows, kv_len].
             rows: [num_kv_heads, rows], for which it is wanted.
             p_error: None: keys with equal logits err alike. Else the relative error of rounding P: weights that agree
-                to a quarter of it round alike.
+                to a quarter of it round alike, too.
             centre: [num_kv_heads, rows, head_dim]; None: zeros.
             more_than: so many groups, single keys included, a row must have, else infinity is returned.
 
@@ -142,9 +149,9 @@ class Alike:
         labels = self.gap[head, row]  # [rows wanted, kv_len]
         order = np.argsort(labels, axis=-1)
         labels = np.take_along_axis(labels, order, axis=-1)
+        like = _like_before(labels, self.slack[head, row])
         if p_error is not None:
-            labels = np.floor(labels * (4 * LN_2 / p_error))
-        like = _like_before(labels)
+            like |= _like_before(np.floor(labels * (4 * LN_2 / p_error)))
         many = np.count_nonzero(labels < np.inf, axis=-1) - np.count_nonzero(like, axis=-1) > more_than
         result[head[~many], row[~many]] = np.inf
         for groups in _groups(head[many], row[many], order[many], like[many], result.shape[-1]):
@@ -160,9 +167,26 @@ class Alike:
             result.reshape(-1, result.shape[-1])[place[begins]] += np.add.reduceat(excess, begins, axis=0)
 
 
-def _like_before(labels: Float64Array) -> BoolArray:
-    """[..., n - 1]: whether a label is the one before it; hidden keys have infinite ones and are like nothing."""
-    return np.asarray((labels[..., 1:] == labels[..., :-1]) & (labels[..., 1:] < np.inf))
+def slack_of(exact: Softmax, of_products: Float64Array, factor: float, head_dim: int) -> Float64Array:
+    """By how much the gaps of equal keys may differ, [num_kv_heads, rows].
+
+    A sum of head_dim products in float64 is off by head_dim u times the sum of magnitudes, wherever and in whatever
+    order BLAS adds it up, and equal keys do get different last bits; the factor and the difference round as well.
+
+    Args:
+        exact: the softmax.
+        of_products: [num_kv_heads, rows, kv_len], sums of magnitudes.
+        factor: of logits in base 2 over scores.
+        head_dim: products of a sum.
+    """
+    seen = True if exact.hidden is None else ~exact.hidden
+    largest = np.max(of_products, axis=-1, initial=0.0, where=seen)
+    return np.asarray(largest * (abs(factor) * (head_dim + 4) * 2.0**-52))
+
+
+def _like_before(labels: Float64Array, slack: Float64Array | float = 0.0) -> BoolArray:
+    """[..., n - 1]: whether a label is near the one before it; hidden keys have infinite ones and are like nothing."""
+    return np.asarray((labels[..., 1:] <= labels[..., :-1] + slack) & (labels[..., 1:] < np.inf))
 
 
 def _groups(head: IntArray, row: IntArray, order: IntArray, like: BoolArray, columns: int) -> Iterator[Groups]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from references.alarm import Alike, independent_of
+from references.alarm import Alike, independent_of, slack_of
 from references.arithmetic_model import ArithmeticModel
 from references.budget_terms import LSE_TERMS, TERMS, Likely, Problem, lse_terms, out_terms
 from references.centred import Centred
@@ -24,7 +24,7 @@ from references.rounding import Format, as_format
 from references.rounding_errors import Arithmetic, arithmetic_of
 from references.sequence import Sequence, batches, joined
 from references.shares import Shares, Sums, shares_of, sums_of, sums_of_alarm
-from references.softmax import softmax_of
+from references.softmax import LOG2_E, softmax_of
 from references.tiling import Tiles, counts, layout
 from references.tiling import tiling as tiling
 from references.weight_errors import Deviations, deviations_of, scores_of
@@ -199,9 +199,10 @@ def _lower_to_alarm(gate: Gate, scale: float, arithmetic: Arithmetic) -> None:
     problem = gate.problem
     together, exact, seen = problem.sequences, problem.exact, problem.seen
     _, sizes = scores_of(together, scale, arithmetic)
+    slack = slack_of(exact, sizes.of_products, scale * LOG2_E, together.query.shape[-1])
     deviations = deviations_of(together, exact, sizes, scale, arithmetic, seen, problem.tiles)
     shares = shares_of(exact, deviations, arithmetic, gate.shares)
-    likely = Likely(independent_of(exact, deviations), Alike(together, exact))
+    likely = Likely(independent_of(exact, deviations), Alike(together, exact, slack))
     sums = sums_of_alarm(together, exact, shares, likely.independent, arithmetic, (gate.shares, gate.sums))
     *of_out, share_sum = out_terms(problem, deviations, shares, sums, arithmetic, likely)
     _take_smaller(*gate.out, *of_out)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from references import alarm
-from references.alarm import Alike
+from references.alarm import Alike, slack_of
 from references.arithmetic_model import INTERPRETER
 from references.attention import visible_keys
 from references.error_bounds import budget, tiling
@@ -42,7 +42,7 @@ def test_groups_of_keys_are_added_before_they_are_squared(
     share, centre = rng.random((2, 5, 9)), rng.standard_normal((2, 5, 3))
     wanted = rng.random((2, 5)) < 0.7
 
-    excess = Alike(sequences, exact).excess(share, wanted, p_error, centre)
+    excess = Alike(sequences, exact, np.zeros((2, 5))).excess(share, wanted, p_error, centre)
 
     for h, row in np.ndindex(2, 5):
         which = int(row >= 3)
@@ -57,7 +57,32 @@ def test_groups_of_keys_are_added_before_they_are_squared(
             singles += mine**2
         expected = sum(group**2 for group in groups.values()) - singles
         assert excess[h, row] == pytest.approx(expected if wanted[h, row] else np.zeros(3), rel=1e-12, abs=1e-13)
-    assert np.all(np.isinf(Alike(sequences, exact).excess(share, wanted, p_error, centre, more_than=9)[wanted]))
+    none_has = Alike(sequences, exact, np.zeros((2, 5))).excess(share, wanted, p_error, centre, more_than=9)
+    assert np.all(np.isinf(none_has[wanted]))
+
+
+@pytest.mark.parametrize("p_error", [None, 2.0**-3], ids=["scores", "P"])
+def test_equal_keys_are_alike_whatever_last_bits_their_scores_have(p_error: float | None) -> None:
+    """float64 products of equal keys with a query differ in last bits where BLAS adds them up in another order."""
+    rng = np.random.default_rng(2)
+    query, value = rng.standard_normal((2, 2, 64)), rng.standard_normal((2, 9, 64))
+    key = rng.standard_normal((2, 3, 64)).repeat(3, axis=1)
+    sequences = Sequences(query, key, value, [slice(0, 2)], [slice(0, 9)], [np.ones((2, 9), np.bool_)])
+    scores = query @ key.swapaxes(-1, -2)
+    scores[..., 0::3], scores[..., 1::3], share = scores[..., 2::3], scores[..., 2::3], rng.random((2, 2, 9))
+    spoilt = np.nextafter(
+        scores, np.where(np.arange(9) % 3 == 0, np.inf, np.where(np.arange(9) % 3 == 1, -np.inf, scores))
+    )
+    of_products = np.abs(query) @ np.abs(key).swapaxes(-1, -2)
+    assert not np.array_equal(spoilt, scores)
+
+    def excess(scores: Float64Array) -> Float64Array:
+        exact = softmax_of(sequences, scores.copy())
+        alike = Alike(sequences, exact, slack_of(exact, of_products, 1.0, 64))
+        assert alike.tied.all()
+        return alike.excess(share, np.ones((2, 2), np.bool_), p_error)
+
+    assert excess(spoilt) == pytest.approx(excess(scores), rel=1e-12)
 
 
 def expected_terms(p: Problem, fmt: Format) -> tuple[Float64Array, Float64Array]:
