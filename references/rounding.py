@@ -114,7 +114,7 @@ def round_to(values: Any, fmt: Format | str, mode: Mode = "nearest", *, saturate
 
 
 def _round_in_range(x: Float64Array, magnitude: Float64Array, fmt: Format) -> Float64Array:
-    """``round_to`` the nearest where nothing overflows: integer arithmetic, in half the time."""
+    """``round_to`` the nearest where nothing overflows, by integer arithmetic: several times as fast."""
     bits = x.view(np.uint64)
     dropped = FLOAT64.precision - fmt.precision
     # One less than half of the last place kept, or half where that place is odd: adding it carries as rounding does.

@@ -66,7 +66,7 @@ LEAST_MERGED_ROWS = 4
 PROGRAM_GB_S = (25.0, 31.0)
 """What one program of a decode step reads at most, alone on a multiprocessor: up to head_dim 64, and beyond it.
 
-Measured on an H200, as the next four are (docs/performance.md, version 7).
+Measured on an H200, as the next three are; UNEVEN_PROGRAMS is what was fastest there (docs/performance.md, version 7).
 """
 
 MEMORY_SHARE = 0.85
@@ -191,7 +191,7 @@ class LaunchPlan:
         """What programs of so many slots take longer than the memory needs, each alone on a multiprocessor."""
         if programs > gpu.multiprocessors or not gpu.memory_gb_s:
             return 0.0
-        alone = PROGRAM_GB_S[self.block_d > 64]
+        alone = PROGRAM_GB_S[0 if self.block_d <= 64 else 1]
         num_bytes = slots * self.slot_bytes
         return num_bytes * (1 / alone - programs / (MEMORY_SHARE * gpu.memory_gb_s)) / 1e3
 
