@@ -78,11 +78,13 @@ def configurations(arch: int) -> Iterator[Configuration]:
 
 def hopper_plans() -> Iterator[tuning.LaunchPlan]:
     """Those of the prefill kernel for Hopper, whether or not this Triton's build of it was ever run."""
-    for block_m, tiles in tuning.SM90_TILES.items():
-        plan = tuning.plan(q_len=1024, group_size=1, head_dim=tuning.SM90_HEAD_DIM, dtype=torch.float16, arch=90)
-        yield dataclasses.replace(
-            plan, path="prefill_sm90", block_m=block_m, block_n=tiles.block_n, num_stages=tiles.num_stages, num_warps=4
-        )
+    for head_dim, tiles_of_rows in tuning.SM90_TILES.items():
+        plan = tuning.plan(q_len=1024, group_size=1, head_dim=head_dim, dtype=torch.float16, arch=90)
+        for block_m, tiles in tiles_of_rows.items():
+            block_n, num_stages = tiles.block_n, tiles.num_stages
+            yield dataclasses.replace(
+                plan, path="prefill_sm90", block_m=block_m, block_n=block_n, num_stages=num_stages, num_warps=4
+            )
 
 
 def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, Any], arch: int) -> dict[str, Any]:

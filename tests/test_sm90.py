@@ -26,17 +26,18 @@ def plan(q_len: int = 512, head_dim: int = 128, dtype: torch.dtype = torch.float
     return f"{chosen.path} {chosen.block_m}"
 
 
-def test_prompts_at_head_dim_128_have_it_and_long_ones_larger_tiles() -> None:
-    assert [plan(q_len) for q_len in (16, 17, 1023, 1024)] == [
+@pytest.mark.parametrize(("head_dim", "long"), [(64, 8192), (128, 4096)])
+def test_prompts_have_it_and_long_ones_larger_tiles(head_dim: int, long: int) -> None:
+    assert [plan(q_len, head_dim) for q_len in (16, 17, long - 1, long)] == [
         "split 32", "prefill_sm90 64", "prefill_sm90 64", "prefill_sm90 128",
     ]  # fmt: skip
-    assert plan(dtype=torch.bfloat16) == "prefill_sm90 64"
+    assert plan(head_dim=head_dim, dtype=torch.bfloat16) == "prefill_sm90 64"
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"arch": 80}, {"arch": 100}, {"head_dim": 64}, {"head_dim": 120}, {"dtype": torch.float32}, {"block_m": 64},
+        {"arch": 80}, {"arch": 100}, {"head_dim": 32}, {"head_dim": 120}, {"dtype": torch.float32}, {"block_m": 64},
         {"block_n": 64},
     ],
 )  # fmt: skip
@@ -47,7 +48,7 @@ def test_other_calls_have_the_portable_kernel(other: dict[str, Any]) -> None:
 def test_it_can_be_forced_and_so_can_the_others() -> None:
     with tuning.forced(path="prefill_sm90", block_m=128):
         assert [plan(q_len) for q_len in (1, 512)] == ["prefill_sm90 128"] * 2
-        assert plan(head_dim=64) == "prefill 128"
+        assert plan(head_dim=32) == "prefill 128"
     with tuning.forced(path="prefill"):
         assert plan() == "prefill 64"
     with tuning.forced(block_n=32):

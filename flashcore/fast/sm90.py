@@ -29,11 +29,12 @@ def launch(programs: int, plan: tuning.LaunchPlan, keys_and_values: tuple[Tensor
     prefill_attention_sm90[(programs,)](*arguments, *descriptors, **constants(plan), **plan.compiler_options())
 
 
-def constants(plan: tuning.LaunchPlan) -> dict[str, int]:
+def constants(plan: tuning.LaunchPlan) -> dict[str, int | bool]:
     """The constexprs of the kernel."""
     return {
         "CONSUMERS": plan.block_m // ROWS.value, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d,
         "STAGES": plan.num_stages, "REGISTERS": REGISTERS,
+        "IN_REGISTERS": tuning.SM90_TILES[plan.block_d][plan.block_m].query_in_registers,
     }  # fmt: skip
 
 

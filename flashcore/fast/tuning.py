@@ -32,23 +32,34 @@ FEW_SPLITS = 8
 CHUNK_SPLIT_BYTES = 128 * 1024
 """Keys and values of a split where several queries are new, and a program never takes several splits."""
 
-SM90_HEAD_DIM = 128
-"""What the prefill kernel for Hopper takes, in 16-bit formats."""
-
 
 class Sm90Tiles(NamedTuple):
-    """What goes with a tile of rows of the prefill kernel for Hopper: tile of keys, tiles on their way, registers."""
+    """What goes with a tile of rows of the prefill kernel for Hopper.
+
+    Attributes:
+        block_n: tile of keys.
+        num_stages: tiles on their way.
+        registers: of a thread when a program starts.
+        query_in_registers: whether the products with keys take the queries from there, not from shared memory.
+    """
 
     block_n: int
     num_stages: int
     registers: int
+    query_in_registers: bool
 
 
-SM90_TILES = {64: Sm90Tiles(64, 3, 128), 128: Sm90Tiles(128, 2, 168)}
-"""By rows: 64 for each warpgroup that attends."""
+SM90_TILES = {
+    64: {64: Sm90Tiles(64, 3, 80, False), 128: Sm90Tiles(128, 2, 168, False)},
+    128: {64: Sm90Tiles(64, 2, 128, True), 128: Sm90Tiles(128, 2, 168, False)},
+}
+"""By head_dim, of those that the prefill kernel for Hopper takes in 16-bit formats, and by rows: 64 a warpgroup."""
 
-SM90_LONG_ROWS = 2048
-"""From here on tiles of 128 rows; of fewer rows, two programs on a multiprocessor hide how each begins and ends."""
+SM90_LONG_PROMPT = {64: 8192, 128: 4096}
+"""By head_dim, the queries from which on tiles have 128 rows.
+
+Of fewer, whose programs see fewer keys, several programs on a multiprocessor hide how each begins and ends.
+"""
 
 MAX_SPLITS = 64
 """A row's splits grow rather than become more than this."""
@@ -137,7 +148,7 @@ class LaunchPlan:
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = False
         if self.path == "prefill_sm90":
-            options["maxnreg"] = SM90_TILES[self.block_m].registers
+            options["maxnreg"] = SM90_TILES[self.block_d][self.block_m].registers
         # Without a number the assembler spills a few, for an occupancy of no use here; in these with one.
         spills_with_one = (
             self.one_query and self.num_warps == 4 and (self.arch == 90 if several else self.block_d == 64)
@@ -339,12 +350,12 @@ def plan(
     split_rows = _split_rows(is_float32, block_d)
     may_split = q_len <= split_rows and _forced.path in (None, "split")
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
-    if path == "prefill" and not is_float32 and head_dim == SM90_HEAD_DIM and has_sm90_prefill(arch):
+    if path == "prefill" and not is_float32 and head_dim in SM90_TILES and has_sm90_prefill(arch):
         is_forced = _forced.path == "prefill_sm90"
         if is_forced or not (block_m or block_n or _forced.path or _forced.block_m or _forced.block_n):
             path = "prefill_sm90"
-            block_m = (_forced.block_m if is_forced else None) or (128 if rows >= SM90_LONG_ROWS else 64)
-            block_n = SM90_TILES[block_m].block_n
+            block_m = (_forced.block_m if is_forced else None) or (128 if q_len >= SM90_LONG_PROMPT[head_dim] else 64)
+            block_n = SM90_TILES[head_dim][block_m].block_n
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
     one_query = path == "split" and q_len == 1
@@ -402,7 +413,7 @@ def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: i
 
 def _num_stages(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
     if path == "prefill_sm90":
-        return SM90_TILES[block_m].num_stages
+        return SM90_TILES[block_d][block_m].num_stages
     if is_float32:
         return 3 if path == "prefill" and block_d == 128 else 2
     return 3 if path == "split" or (arch == 90 and block_d <= 128) else 2

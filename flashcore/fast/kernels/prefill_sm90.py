@@ -97,7 +97,7 @@ def fold_logits(logits, m_i, l_i, limit, qk_scale, MASK: gl.constexpr):
 
 @gluon.jit
 def fold_tiles(
-    acc, m_i, l_i, p, q_s, ring, first, stop, limit, qk_scale,
+    acc, m_i, l_i, p, queries, ring, first, stop, limit, qk_scale,
     MASK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fold tiles ``[first, stop)`` of the ring; p [ROWS, BLOCK_N] are the weights of the tile before, not yet folded.
@@ -113,7 +113,7 @@ def fold_tiles(
         mbarrier.wait(k_full.index(slot), phase)
         k_t = k_s.index(slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
         logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
-        logits = warpgroup_mma(q_s, k_t, logits, use_acc=False, is_async=True)
+        logits = warpgroup_mma(queries, k_t, logits, use_acc=False, is_async=True)
         acc = warpgroup_mma(p, v_s.index(before).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
         logits = warpgroup_mma_wait(1, deps=(logits,))
         mbarrier.arrive(k_free.index(slot), count=1)
@@ -249,6 +249,7 @@ def store_rows(
 def consume(
     pointers, qk_scale, sizes, strides, shared, program,
     CONSUMER: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend the 64 rows of one consumer to all tiles of the ring, and append the new tokens whose first row is here.
 
@@ -269,6 +270,10 @@ def consume(
     first_row += CONSUMER * ROWS
     load_queries(q_s, q_ptr, stride_q, b64, h64, first_row, group_size, num_queries, BLOCK_D)
     row_limit, common_limit = limits(first_row, group_size, num_queries, new_keys, causal_offset, ROW)
+    # A product of 64 rows and 64 keys that reads both from shared memory takes all that this can deliver.
+    queries = q_s
+    if IN_REGISTERS:
+        queries = q_s.load(gl.DotOperandLayout(0, LOGITS, 2))
 
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, OUT)
     m_i = gl.full([ROWS], -float("inf"), gl.float32, ROW)
@@ -278,7 +283,7 @@ def consume(
     if num_tiles > 0:
         mbarrier.wait(k_full.index(0), 0)
         k_t = k_s.index(0).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-        logits = warpgroup_mma(q_s, k_t, gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS), use_acc=False)
+        logits = warpgroup_mma(queries, k_t, gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS), use_acc=False)
         mbarrier.arrive(k_free.index(0), count=1)
         limit = gl.where(cached > 0, cached, row_limit)
         weights, m_i, l_i, _alpha = fold_logits(logits, m_i, l_i, limit, qk_scale, True)
@@ -293,10 +298,10 @@ def consume(
             whole = gl.maximum(gl.minimum(whole, stop), first)
             limit = gl.where(segment == 0, cached, row_limit + cached_tiles * BLOCK_N)
             acc, m_i, l_i, p = fold_tiles(
-                acc, m_i, l_i, p, q_s, ring, first, whole, limit, qk_scale, False, BLOCK_N, BLOCK_D, STAGES
+                acc, m_i, l_i, p, queries, ring, first, whole, limit, qk_scale, False, BLOCK_N, BLOCK_D, STAGES
             )
             acc, m_i, l_i, p = fold_tiles(
-                acc, m_i, l_i, p, q_s, ring, whole, stop, limit, qk_scale, True, BLOCK_N, BLOCK_D, STAGES
+                acc, m_i, l_i, p, queries, ring, whole, stop, limit, qk_scale, True, BLOCK_N, BLOCK_D, STAGES
             )
         last = (num_tiles - 1) % STAGES
         acc = warpgroup_mma(p, v_s.index(last).reshape([BLOCK_N, BLOCK_D]), acc)
@@ -430,7 +435,7 @@ def prefill_attention_sm90(
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     k_cache_desc, v_cache_desc, k_new_desc, v_new_desc,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """What ``prefill_attention`` does, for 64 * CONSUMERS rows a program; head_dim is BLOCK_D.
 
@@ -495,7 +500,8 @@ def prefill_attention_sm90(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consume, (pointers, qk_scale, sizes, strides, shared, program, 0, BLOCK_N, BLOCK_D, STAGES)),
+                (consume, (pointers, qk_scale, sizes, strides, shared, program,
+                           0, BLOCK_N, BLOCK_D, STAGES, IN_REGISTERS)),
                 (produce, (pointers, descriptors, strides, shared, program, BLOCK_N, BLOCK_D, STAGES)),
             ],
             [1], [24],
@@ -503,8 +509,10 @@ def prefill_attention_sm90(
     else:
         gl.warp_specialize(
             [
-                (consume, (pointers, qk_scale, sizes, strides, shared, program, 0, BLOCK_N, BLOCK_D, STAGES)),
-                (consume, (pointers, qk_scale, sizes, strides, shared, program, 1, BLOCK_N, BLOCK_D, STAGES)),
+                (consume, (pointers, qk_scale, sizes, strides, shared, program,
+                           0, BLOCK_N, BLOCK_D, STAGES, IN_REGISTERS)),
+                (consume, (pointers, qk_scale, sizes, strides, shared, program,
+                           1, BLOCK_N, BLOCK_D, STAGES, IN_REGISTERS)),
                 (produce, (pointers, descriptors, strides, shared, program, BLOCK_N, BLOCK_D, STAGES)),
             ],
             [4, 1], [REGISTERS, 24],
