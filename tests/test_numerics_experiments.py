@@ -1,6 +1,8 @@
 """Small versions of the experiments in properties/numerics, and proof that their oracles can object."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from references.arithmetic_model import BLACKWELL, HOPPER, INTERPRETER, PERMISSI
 from references.error_bounds import budget, tiling
 from references.noise import BASELINES, NoisePool, baseline_chi, predicted_sigma
 from references.simulator import FAULTS, Fault, simulate
+from tests.command_line import ROOT, environment
 
 NARROW = [fault for fault in FAULTS if fault != "tf32"]
 NARROW_PARTIALS = dataclasses.replace(
@@ -117,6 +120,15 @@ def test_the_gate_holds_for_the_shipped_kernels_and_not_for_a_wrong_one(
 
     assert on_device.main(arguments) == 1
     assert "VIOLATION" in capsys.readouterr().err
+
+
+def test_the_command_for_the_device_at_hand_chooses_it_before_triton_is_imported() -> None:
+    variables = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "properties.numerics.on_device", "--outputs", "1"]
+
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("fmt", ["bfloat16", "float16"])

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/numerics.md")
     arguments = parser.parse_args(argv)
 
+    device = devices.current()  # before anything imports Triton
     tallies: dict[str, Tally] = defaultdict(Tally)
     violations = 0
     for experiment in plan(arguments.outputs, seed=arguments.seed):
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             violations += 1
             print(f"VIOLATION {worst:.4g}: {experiment}", file=sys.stderr, flush=True)
     lines = [
-        f"{devices.describe(devices.current())}:",
+        f"{devices.describe(device)}:",
         "",
         "| format | outputs | max out | median out | max lse | median lse | violations | alarms |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "\n".join(lines)
     print(text)
     if arguments.write:
-        publish(f"gate on {devices.current()}", text)
+        publish(f"gate on {device}", text)
     return 1 if violations else 0
 
 
