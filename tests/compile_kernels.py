@@ -39,7 +39,8 @@ DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32
 ROWS = (1, 16, 32, 1024)
 """(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
 
-Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any]]
+Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any], dict[str, int | bool]]
+"""dtype, plan, constexprs, and the compiler's options."""
 
 
 def plans(dtype: torch.dtype, head_dim: int, arch: int) -> list[tuning.LaunchPlan]:
@@ -61,8 +62,11 @@ def configurations(arch: int) -> Iterator[Configuration]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
-        for plan, several in itertools.product(plans(dtype, head_dim, arch), (False, True)):
+        kinds = ((False, False), (True, False), (False, True))
+        for plan, (several, crowded) in itertools.product(plans(dtype, head_dim, arch), kinds):
             if several and not plan.one_query:
+                continue
+            if crowded and not plan.is_crowded(rows=2, splits=1, gpu=tuning.Gpu(1, 0.0)):
                 continue
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
@@ -70,10 +74,10 @@ def configurations(arch: int) -> Iterator[Configuration]:
             }  # fmt: skip
             if plan.path == "split":
                 flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": several}
-                flags |= {"MERGE_M": plan.merge_m, "PREFETCH": True}
-            yield dtype, plan, flags
+                flags |= {"UNSPLIT": crowded, "MERGE_M": plan.merge_m, "PREFETCH": True}
+            yield dtype, plan, flags, plan.compiler_options(several=several, crowded=crowded)
     if arch == 90:
-        yield from ((torch.float16, plan, sm90.constants(plan)) for plan in hopper_plans())
+        yield from ((torch.float16, p, sm90.constants(p), p.compiler_options()) for p in hopper_plans())
 
 
 def hopper_plans() -> Iterator[tuning.LaunchPlan]:
@@ -87,7 +91,9 @@ def hopper_plans() -> Iterator[tuning.LaunchPlan]:
             )
 
 
-def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, Any], arch: int) -> dict[str, Any]:
+def compile_one(
+    dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, Any], options: dict[str, int | bool], arch: int
+) -> dict[str, Any]:
     """Compile one configuration for one architecture."""
     kernel: Any = KERNELS[plan.path]
     pointer_types = {
@@ -111,15 +117,16 @@ def compile_one(dtype: torch.dtype, plan: tuning.LaunchPlan, flags: dict[str, An
     compiled = triton.compile(
         (ASTSource if layout is None else GluonASTSource)(kernel, signature, flags, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options=plan.compiler_options(several=bool(flags.get("SEVERAL"))),
+        options=options,
     )
-    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=layout is not None)
+    crowded = bool(flags.get("UNSPLIT"))
+    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=crowded or layout is not None)
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
-        "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+        "num_warps": plan.num_warps, "num_stages": options["num_stages"],
         "registers": registers, "spills": spills, "fused": compiled.asm["ptx"].count("fma.rn.f32"),
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": compiled.metadata.shared, "crowded": crowded,
         "is_decode": bool(flags.get("ONE_QUERY")), "loads_first": loads_first(compiled.asm["ptx"]),
         "parameter_bytes": launching.declared_bytes(compiled.asm["ptx"]),
         "launched_bytes": launching.parameter_bytes(signature.values()),
@@ -161,7 +168,7 @@ def shortest_loop(sass: str) -> str:
     jumps = [(re.search(r"\bBRA\b.*(0x[0-9a-f]+)\s*$", text), at) for at, text in lines]
     ranges = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
     bodies = ["\n".join(text for at, text in lines if first <= at <= last) for first, last in ranges]
-    return min((body for body in bodies if "HGMMA" in body), key=len)
+    return min((body for body in bodies if re.search(r"\bH(?:G)?MMA\b", body)), key=len)
 
 
 def main() -> None:

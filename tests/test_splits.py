@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 import flashcore
 from flashcore.fast import attention_production, tuning
@@ -86,6 +87,71 @@ def test_a_program_takes_no_more_than_it_can_read_as_fast_as_the_memory_gives(
     ]
 
     assert taken == [on_h100, on_h200]
+
+
+@pytest.mark.parametrize(
+    ("rows", "other", "crowded"),
+    [
+        (133, {}, True),
+        (132, {}, False),
+        (133, {"head_dim": 128}, True),
+        (133, {"head_dim": 32}, False),
+        (133, {"head_dim": 256}, False),
+        (133, {"dtype": torch.float32}, False),
+        (133, {"q_len": 2}, False),
+    ],
+)
+def test_many_rows_that_are_not_split_are_crowded(rows: int, other: dict[str, Any], crowded: bool) -> None:
+    """The compiler gives the programs of such steps fewer registers, so that more of them run at a time."""
+    h100, h200 = tuning.Gpu(132, 3352), tuning.Gpu(132, 4814)
+    plan = tuning.plan(**{"q_len": 1, "group_size": 1, "head_dim": 64, "dtype": torch.float16, **other})
+
+    assert plan.is_crowded(rows, 1, h100) is plan.is_crowded(rows, 1, h200) is crowded
+    assert not plan.is_crowded(rows, 2, h100)
+    if crowded:
+        assert plan.compiler_options(crowded=True) == {
+            **plan.compiler_options(), "maxnreg": tuning.CROWDED_REGISTERS, "num_stages": tuning.CROWDED_STAGES,
+        }  # fmt: skip
+
+
+def test_a_crowded_step_has_the_same_bits_and_no_such_step_follows_when_rows_are_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps that repeat a launch, and then one on the same buffers with a row that is long enough to be split."""
+    new = [normal(3, 2, 1, 64, dtype=torch.float16, seed=step) for step in range(4)]
+    key, value = (normal(3, 2, 1200, 64, dtype=torch.float16, seed=seed) for seed in (8, 9))
+    crowded = []
+    is_crowded = tuning.LaunchPlan.is_crowded
+
+    def watched(*arguments: Any) -> bool:
+        crowded.append(is_crowded(*arguments))
+        return crowded[-1]
+
+    monkeypatch.setattr(tuning.LaunchPlan, "is_crowded", watched)
+
+    def outputs(multiprocessors: int) -> list[Tensor]:
+        monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(multiprocessors, 0.0))
+        buffers = key.clone(), value.clone()
+        cache = flashcore.KVCache(*buffers, lengths(20, 30, 40), max_len=40, min_len=20)
+        found = []
+        for token in new:
+            if token is new[-1]:
+                cache = flashcore.KVCache(*buffers, lengths(20, 30, 1100), max_len=1100, min_len=20, like=cache)
+            result = flashcore.attention_with_kv_cache(token, token, token, cache, cache_max_len=1200)
+            found.append(result[0])
+            cache = cast(flashcore.KVCache, result[1])
+        return found
+
+    few, many = outputs(5), outputs(10_000)
+
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+    assert crowded[:2] == [True, True]
+    assert not any(crowded[-2:])
+
+
+def lengths(*of_rows: int) -> Tensor:
+    """As a cache holds them."""
+    return torch.tensor(of_rows, dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("multiprocessors", [5, 17])

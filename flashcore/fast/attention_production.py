@@ -575,15 +575,17 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     arguments = [
         *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip
+    crowded = plan.is_crowded(row_tiles * num_kv_heads * batch, grid_splits, tuning.gpu(device))
     constants |= {
         "BLOCK_NEW": plan.block_new,
         "ONE_QUERY": plan.one_query,
         "SEVERAL": splits_per_program > 1,
+        "UNSPLIT": crowded,
         "MERGE_M": plan.merge_m,
         "PREFETCH": not interpreter.is_on(),
     }
     arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
-    options = plan.compiler_options(several=splits_per_program > 1)
+    options = plan.compiler_options(several=splits_per_program > 1, crowded=crowded)
     programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch
     compiled = split_kv_attention[programs, row_tiles](*arguments, **options)
     if problem.call is not None and problem.owner is not None:

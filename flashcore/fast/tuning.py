@@ -89,6 +89,9 @@ GROUPS_COST_US = 2.0
 SPLITS_COST_US = 5.0
 """What it costs to store single splits and merge them, instead of groups."""
 
+CROWDED_REGISTERS, CROWDED_STAGES = 128, 2
+"""Of a program of a decode step that has a multiprocessor with others: then four fit there and not two."""
+
 UNEVEN_PROGRAMS = 4
 """Groups of rows that differ in length, for each multiprocessor, as if all were as long as the longest."""
 
@@ -138,8 +141,12 @@ class LaunchPlan:
     arch: int
     slot_bytes: int
 
-    def compiler_options(self, *, several: bool = False) -> dict[str, int | bool]:
-        """What the kernels are compiled with; ``several``: the one in which a program takes several splits.
+    def compiler_options(self, *, several: bool = False, crowded: bool = False) -> dict[str, int | bool]:
+        """What the kernels are compiled with.
+
+        Args:
+            several: for the kernel in which a program takes several splits.
+            crowded: for programs of which there are many, see ``is_crowded``.
 
         No contraction of a * b + c: the difference of two rounded logits is never positive, so that no weight passes 1.
         Contracted, the larger of two huge logits could exceed its own rounded maximum, and its weight overflow; and
@@ -155,7 +162,23 @@ class LaunchPlan:
         )
         if self.path == "split" and not spills_with_one:
             options["maxnreg"] = 255
+        if crowded:
+            options |= {"maxnreg": CROWDED_REGISTERS, "num_stages": CROWDED_STAGES}
         return options
+
+    def is_crowded(self, rows: int, splits: int, gpu: Gpu) -> bool:
+        """Whether a decode step has more programs than multiprocessors, each of a row that is not split.
+
+        Such programs are short, and more of them at a time hide how each begins and ends. No bit depends on it.
+
+        Args:
+            rows: tiles of rows, of all batch rows and kv heads.
+            splits: that a row has at most.
+            gpu: it runs on.
+        """
+        of_16_bits = self.block_d >= 64 and self.num_warps == 4
+        many = rows > gpu.multiprocessors or _forced.crowded
+        return self.one_query and of_16_bits and splits == 1 and many
 
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
@@ -238,6 +261,7 @@ class _Forced:
     block_n: int | None = None
     kv_split_size: int | None = None
     max_splits: int | None = None
+    crowded: bool = False
 
 
 _forced = _Forced()
@@ -257,10 +281,12 @@ def forced(
     block_n: int | None = None,
     kv_split_size: int | None = None,
     max_splits: int | None = None,
+    crowded: bool = False,
 ) -> Iterator[None]:
     """Force parts of the plan of every call made inside; for tests, which must reach every kernel and split count.
 
-    A forced ``kv_split_size`` holds for rows of any length unless ``max_splits`` is forced, too.
+    A forced ``kv_split_size`` holds for rows of any length unless ``max_splits`` is forced, too. ``crowded``: few rows
+    are enough for ``LaunchPlan.is_crowded``.
 
     Raises:
         ValueError: kv_split_size is not a positive multiple of 16, or max_splits not positive.
@@ -271,7 +297,7 @@ def forced(
     if max_splits is not None and max_splits < 1:
         raise ValueError(f"max_splits must be at least 1, got {max_splits}")
     before = _forced
-    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits)
+    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits, crowded)
     _generation += 1
     try:
         yield

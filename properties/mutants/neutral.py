@@ -134,8 +134,8 @@ MUTANTS = (
         ),
         Edit(
             RELAUNCH,
-            "gpu=tuning.gpu(self.device)",
-            "gpu=tuning.Gpu(36, 0.0)",
+            "gpu, rows = self.plan.grid_splits(bound), tuning.gpu(self.device),",
+            "gpu, rows = self.plan.grid_splits(bound), tuning.Gpu(36, 0.0),",
         ),
         laws=("many_splits",),
     ),

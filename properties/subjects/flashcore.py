@@ -34,6 +34,11 @@ def in_few_splits(case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=3)
 
 
+def crowded(case: Case) -> AbstractContextManager[None]:
+    """Force the split kernel, and that for many rows where none is split."""
+    return tuning.forced(path="split", kv_split_size=case.kv_split_size, crowded=True)
+
+
 def on_hopper(block_m: int, case: Case) -> AbstractContextManager[None]:
     """Force the kernel for Hopper, in tiles of so many rows, on what it takes; the other prefill kernel on the rest."""
     if case.head_dim not in tuning.SM90_TILES or case.dtype == "float32":
@@ -108,6 +113,7 @@ def subject() -> Subject:
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),
             "few splits": in_few_splits,
+            "crowded": crowded,
             **(hopper if torch.cuda.is_available() and tuning.has_sm90_prefill(_architecture("cuda")) else {}),
         },
         unsplit=unsplit,

@@ -51,7 +51,7 @@ def split_kv_attention(
     stride_kcb, stride_kch, stride_kcn, stride_vcb, stride_vch, stride_vcn,
     stride_knb, stride_knh, stride_knn, stride_vnb, stride_vnh, stride_vnn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_D: tl.constexpr,
-    ONE_QUERY: tl.constexpr, SEVERAL: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
+    ONE_QUERY: tl.constexpr, SEVERAL: tl.constexpr, UNSPLIT: tl.constexpr, MASK_D: tl.constexpr, WIDE: tl.constexpr,
     MERGE_M: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of (query, head) rows to one split of the cached keys or several; the last to arrive merges.
@@ -59,8 +59,9 @@ def split_kv_attention(
     The splits of a batch row follow from its own length alone (``row_splits``), never from the batch or the capacity,
     and are merged in groups of SPLIT_GROUP, then the groups: so a row's bits do not depend on its neighbours, nor on
     how many splits a program takes. That is one, or (SEVERAL) ``splits_per_program``: a group, or no fewer than any
-    row has. The last split also takes the new tokens. ONE_QUERY says that q_len is 1, as in a decode step: then there
-    is one new token, no product of tiles is spent on it, and the first split takes it, before its first tile.
+    row has. UNSPLIT says that no row has more than one, so that nothing is stored to be merged. The last split also
+    takes the new tokens. ONE_QUERY says that q_len is 1, as in a decode step: then there is one new token, no product
+    of tiles is spent on it, and the first split takes it, before its first tile.
 
     In a decode step nothing that waits for memory stands before the loop over the cache, so that the loads of its first
     tiles are under way as soon as the row's length is known. PREFETCH sends for the first tile even before that, where
@@ -80,6 +81,8 @@ def split_kv_attention(
     stride_vnb, stride_vnh, stride_vnn = known_multiples_of_8(stride_vnb, stride_vnh, stride_vnn)
     if not SEVERAL:
         splits_per_program = 1
+    if UNSPLIT:
+        grid_splits = 1
     # The programs of a row are neighbours, so that rows are finished, and merged, while others are still read.
     row_programs = tl.cdiv(grid_splits, splits_per_program)
     first_split = tl.program_id(0) % row_programs * splits_per_program
@@ -106,6 +109,8 @@ def split_kv_attention(
         b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
     )
     num_splits, split_size = row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOCK_N)
+    if UNSPLIT:
+        num_splits = 1
     if first_split >= num_splits:
         return
     is_last = first_split + splits_per_program >= num_splits
