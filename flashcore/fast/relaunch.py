@@ -97,7 +97,7 @@ class _Shares(NamedTuple):
     splits_per_program: int
     likely_split_size: int
     programs: int
-    launch_options: dict[str, Any]
+    is_crowded: bool
 
 
 class Relaunch:
@@ -147,7 +147,8 @@ class Relaunch:
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
         self.takes_several = bool(arguments[kernel.arg_names.index("SEVERAL")])
-        self.shares = _Shares(range(0), False, 0, 0, 0, 0, {})
+        self.is_crowded = bool(arguments[kernel.arg_names.index("UNSPLIT")])
+        self.shares = _Shares(range(0), False, 0, 0, 0, 0, False)
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
 
@@ -156,10 +157,8 @@ class Relaunch:
         bound, is_even, shares = past.max_len, past.is_even, self.shares
         if bound is not None and (bound not in shares.bounds or shares.is_even is not is_even):
             shares = self.shares = self._share_out(bound, is_even)
-        if bound is None:
-            return True
         takes_several = shares.splits_per_program > 1
-        return takes_several is self.takes_several and shares.launch_options == self.launch_options
+        return bound is None or (takes_several is self.takes_several and shares.is_crowded is self.is_crowded)
 
     def again(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
@@ -214,10 +213,8 @@ class Relaunch:
         per_program = self.plan.splits_per_program(rows, bound, bound, is_even=is_even, gpu=gpu)
         programs = tuning.ceil_div(splits, per_program) * self.heads
         likely = self.plan.likely_split_size(bound, bound, is_even=is_even)
-        options = self.plan.compiler_options(
-            several=per_program > 1, crowded=self.plan.is_crowded(rows, splits, gpu)
-        )  # fmt: skip
-        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, likely, programs, options)
+        is_crowded = self.plan.is_crowded(rows, splits, gpu)
+        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, likely, programs, is_crowded)
 
     def _prepare(self, past: KVCache) -> launching.Launch:
         """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.

@@ -338,7 +338,7 @@ MUTANTS = (
         "a repeated launch does not look whether another kernel is needed",
         "repeated steps in which programs begin to take several splits",
         RELAUNCH,
-        "return takes_several is self.takes_several and shares.launch_options == self.launch_options",
+        "return bound is None or (takes_several is self.takes_several and shares.is_crowded is self.is_crowded)",
         "return True",
         BITS,
     ),
