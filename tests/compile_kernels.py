@@ -119,14 +119,13 @@ def compile_one(
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    crowded = bool(flags.get("UNSPLIT"))
-    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=crowded or layout is not None)
+    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=layout is not None)
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,
         "num_warps": plan.num_warps, "num_stages": options["num_stages"],
         "registers": registers, "spills": spills, "fused": compiled.asm["ptx"].count("fma.rn.f32"),
-        "shared_bytes": compiled.metadata.shared, "crowded": crowded,
+        "shared_bytes": compiled.metadata.shared,
         "is_decode": bool(flags.get("ONE_QUERY")), "loads_first": loads_first(compiled.asm["ptx"]),
         "parameter_bytes": launching.declared_bytes(compiled.asm["ptx"]),
         "launched_bytes": launching.parameter_bytes(signature.values()),
@@ -168,7 +167,7 @@ def shortest_loop(sass: str) -> str:
     jumps = [(re.search(r"\bBRA\b.*(0x[0-9a-f]+)\s*$", text), at) for at, text in lines]
     ranges = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
     bodies = ["\n".join(text for at, text in lines if first <= at <= last) for first, last in ranges]
-    return min((body for body in bodies if re.search(r"\bH(?:G)?MMA\b", body)), key=len)
+    return min((body for body in bodies if "HGMMA" in body), key=len)
 
 
 def main() -> None:

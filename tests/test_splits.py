@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -112,6 +113,22 @@ def test_many_rows_that_are_not_split_are_crowded(rows: int, other: dict[str, An
         assert plan.compiler_options(crowded=True) == {
             **plan.compiler_options(), "maxnreg": tuning.CROWDED_REGISTERS, "num_stages": tuning.CROWDED_STAGES,
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "crowded"),
+    [("3.6.0", 80, True), ("3.6.0", 90, True), ("3.9.0", 80, True), ("3.9.0", 90, False)],
+)
+def test_no_step_is_crowded_where_the_assembler_would_spill(
+    version: str, arch: int, crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    tuning.has_crowded_decode.cache_clear()
+    try:
+        plan = tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16, arch=arch)
+        assert plan.is_crowded(133, 1, tuning.Gpu(132, 0.0)) is crowded
+    finally:
+        tuning.has_crowded_decode.cache_clear()
 
 
 def test_a_crowded_step_has_the_same_bits_and_no_such_step_follows_when_rows_are_split(

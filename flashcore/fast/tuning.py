@@ -176,7 +176,7 @@ class LaunchPlan:
             splits: that a row has at most.
             gpu: it runs on.
         """
-        of_16_bits = self.block_d >= 64 and self.num_warps == 4
+        of_16_bits = self.block_d >= 64 and self.num_warps == 4 and has_crowded_decode(self.arch)
         many = rows > gpu.multiprocessors or _forced.crowded
         return self.one_query and of_16_bits and splits == 1 and many
 
@@ -339,6 +339,12 @@ def gpu(device: torch.device) -> Gpu:
     # Kilohertz, two transfers a clock, and bits.
     rate = getattr(properties, "memory_clock_rate", 0) * 2 * getattr(properties, "memory_bus_width", 0) / 8e6
     return Gpu(properties.multi_processor_count, rate)
+
+
+@functools.cache
+def has_crowded_decode(arch: int) -> bool:
+    """Whether CROWDED_REGISTERS are enough: for Hopper and later the assembler of other Tritons than 3.6 spills."""
+    return arch < 90 or triton.__version__.startswith("3.6.")
 
 
 @functools.cache

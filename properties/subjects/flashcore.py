@@ -96,7 +96,9 @@ def model(device: str) -> ArithmeticModel:
 
 def subject() -> Subject:
     """The shipped kernels."""
-    hopper = {f"prefill_sm90 {block_m}": partial(on_hopper, block_m) for block_m in (64, 128)}
+    hopper = {
+        f"prefill_sm90 {rows}": partial(on_hopper, rows) for tiles in tuning.SM90_TILES.values() for rows in tiles
+    }
     return Subject(
         spec=DEFAULT,
         attention_with_kv_cache=flashcore.attention_with_kv_cache,
