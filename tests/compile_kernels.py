@@ -36,7 +36,7 @@ from flashcore.fast.kernels.split_kv import split_kv_attention
 KERNELS = {"split": split_kv_attention, "prefill": prefill_attention, "prefill_sm90": prefill_attention_sm90}
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-ROWS = (1, 16, 32, 1024)
+ROWS = (1, 8, 16, 32, 1024)
 """(query, head) rows a kv head that reach every tile of ``tuning.plan``."""
 
 Configuration = tuple[torch.dtype, tuning.LaunchPlan, dict[str, Any], dict[str, int | bool]]
@@ -62,11 +62,15 @@ def configurations(arch: int) -> Iterator[Configuration]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         if dtype == torch.bfloat16 and head_dim != max(HEAD_DIMS):
             continue
-        kinds = ((False, False), (True, False), (False, True))
-        for plan, (several, crowded) in itertools.product(plans(dtype, head_dim, arch), kinds):
+        # Several splits a program; few registers; rows that are not split.
+        kinds = ((False, False, False), (True, False, False), (False, True, False), (False, True, True))
+        for plan, (several, crowded, unsplit) in itertools.product(plans(dtype, head_dim, arch), kinds):
             if several and not plan.one_query:
                 continue
-            if crowded and not plan.is_crowded(rows=2, splits=1, gpu=tuning.Gpu(1, 0.0)):
+            if plan.merge_m == 8 and (unsplit or not crowded):
+                continue  # only there are 16 rows merged in a smaller tile
+            longest = 1 if unsplit else 1 << 20
+            if crowded and not plan.share_out(2, longest, longest, is_even=False, gpu=tuning.Gpu(1, 0.0)).is_crowded:
                 continue
             flags = {
                 "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "MASK_D": True,
@@ -74,7 +78,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
             }  # fmt: skip
             if plan.path == "split":
                 flags |= {"BLOCK_NEW": plan.block_new, "ONE_QUERY": plan.one_query, "SEVERAL": several}
-                flags |= {"UNSPLIT": crowded, "MERGE_M": plan.merge_m, "PREFETCH": True}
+                flags |= {"UNSPLIT": unsplit, "MERGE_M": plan.merge_m, "PREFETCH": True}
             yield dtype, plan, flags, plan.compiler_options(several=several, crowded=crowded)
     if arch == 90:
         yield from ((torch.float16, p, sm90.constants(p), p.compiler_options()) for p in hopper_plans())

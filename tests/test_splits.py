@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import flashcore
-from flashcore.fast import attention_production, tuning
+from flashcore.fast import attention_production, relaunch, tuning
 from properties.case import Case
 from properties.schedule import Outline, outline
 from properties.strategies import cases
@@ -55,7 +55,7 @@ def test_the_host_guesses_where_splits_begin_only_for_rows_that_are_alike() -> N
     assert plan.likely_split_size(1000, 1000, is_even=True) == plan.split_size(1000)
     assert plan.likely_split_size(1000, 1000, is_even=False) == 0
     assert plan.likely_split_size(None, 1000, is_even=True) == 0
-    assert plan.likely_split_size(1000, 8000, is_even=True) == 0
+    assert plan.likely_split_size(1000, 16000, is_even=True) == 0
     assert whole.likely_split_size(1000, 1000, is_even=True) == 0
 
 
@@ -65,16 +65,17 @@ def test_the_host_guesses_where_splits_begin_only_for_rows_that_are_alike() -> N
         (128, 64, 512, True, 4, 4),
         (128, 64, 2048, True, 8, 4),
         (128, 64, 16384, True, 16, 4),
-        (128, 128, 2048, True, 16, 16),
-        (128, 128, 4096, True, 16, 4),
+        (128, 128, 512, True, 8, 8),
+        (128, 128, 2048, True, 8, 4),
         (144, 64, 16384, True, 16, 16),
         (512, 64, 16384, True, 16, 16),
-        (24, 64, 2048, True, 1, 1),
-        (24, 64, 4096, True, 4, 4),
+        (24, 64, 4096, True, 1, 1),
         (24, 64, 16384, True, 1, 1),
-        (32, 128, 8192, True, 4, 4),
+        (32, 128, 8192, True, 4, 1),
+        (64, 128, 1024, True, 4, 4),
+        (64, 128, 8192, True, 4, 4),
         (128, 64, 4096, False, 1, 1),
-        (512, 128, 4096, False, 4, 4),
+        (512, 128, 4096, False, 1, 1),
     ],
 )
 def test_a_program_takes_no_more_than_it_can_read_as_fast_as_the_memory_gives(
@@ -83,7 +84,7 @@ def test_a_program_takes_no_more_than_it_can_read_as_fast_as_the_memory_gives(
     plan = tuning.plan(q_len=1, group_size=1, head_dim=head_dim, dtype=torch.float16)
 
     taken = [
-        plan.splits_per_program(heads, slots, slots, is_even=is_even, gpu=tuning.Gpu(132, rate))
+        plan.share_out(heads, slots, slots, is_even=is_even, gpu=tuning.Gpu(132, rate)).splits_per_program
         for rate in (3352, 4814)
     ]
 
@@ -107,12 +108,37 @@ def test_many_rows_that_are_not_split_are_crowded(rows: int, other: dict[str, An
     h100, h200 = tuning.Gpu(132, 3352), tuning.Gpu(132, 4814)
     plan = tuning.plan(**{"q_len": 1, "group_size": 1, "head_dim": 64, "dtype": torch.float16, **other})
 
-    assert plan.is_crowded(rows, 1, h100) is plan.is_crowded(rows, 1, h200) is crowded
-    assert not plan.is_crowded(rows, 2, h100)
+    assert plan.share_out(rows, 16, 16, is_even=True, gpu=h100) == (1, crowded)
+    assert plan.share_out(rows, 16, 16, is_even=False, gpu=h200) == (1, crowded)
     if crowded:
         assert plan.compiler_options(crowded=True) == {
             **plan.compiler_options(), "maxnreg": tuning.CROWDED_REGISTERS, "num_stages": tuning.CROWDED_STAGES,
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "is_even", "other", "crowded"),
+    [
+        (24, 16384, True, {}, True),  # 384 splits
+        (16, 16384, True, {}, False),  # 256: they fit, two on a multiprocessor
+        (32, 16384, True, {}, True),
+        (32, 16384, False, {}, False),  # few of those 512 are as long as the longest
+        (66, 2048, False, {}, False),
+        (67, 2048, False, {}, True),
+        (67, 2048, False, {"group_size": 8}, True),
+        (67, 2048, False, {"group_size": 8, "head_dim": 128}, True),
+        (67, 2048, False, {"group_size": 16, "head_dim": 128}, False),  # merging them would spill
+        (67, 2048, False, {"dtype": torch.float32}, False),
+        (67, 2048, False, {"q_len": 2}, False),
+    ],
+)
+def test_many_splits_are_crowded(rows: int, slots: int, is_even: bool, other: dict[str, Any], crowded: bool) -> None:
+    plan = tuning.plan(**{"q_len": 1, "group_size": 1, "head_dim": 64, "dtype": torch.float16, **other})
+
+    shares = plan.share_out(rows, slots, slots, is_even=is_even, gpu=tuning.Gpu(132, 4814))
+
+    assert shares.is_crowded is crowded
+    assert shares.splits_per_program == 1 or not crowded
 
 
 @pytest.mark.parametrize(
@@ -126,25 +152,26 @@ def test_no_step_is_crowded_where_the_assembler_would_spill(
     tuning.has_crowded_decode.cache_clear()
     try:
         plan = tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16, arch=arch)
-        assert plan.is_crowded(133, 1, tuning.Gpu(132, 0.0)) is crowded
+        assert plan.share_out(133, 16, 16, is_even=True, gpu=tuning.Gpu(132, 0.0)) == (1, crowded)
     finally:
         tuning.has_crowded_decode.cache_clear()
 
 
-def test_a_crowded_step_has_the_same_bits_and_no_such_step_follows_when_rows_are_split(
+def test_a_crowded_step_has_the_same_bits_and_another_kernel_follows_when_rows_are_split(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Steps that repeat a launch, and then one on the same buffers with a row that is long enough to be split."""
     new = [normal(3, 2, 1, 64, dtype=torch.float16, seed=step) for step in range(4)]
     key, value = (normal(3, 2, 1200, 64, dtype=torch.float16, seed=seed) for seed in (8, 9))
-    crowded = []
-    is_crowded = tuning.LaunchPlan.is_crowded
+    launched: list[tuple[tuple[bool, ...], int]] = []
+    share_out = relaunch.Relaunch._share_out
 
-    def watched(*arguments: Any) -> bool:
-        crowded.append(is_crowded(*arguments))
-        return crowded[-1]
+    def watched(self: relaunch.Relaunch, bound: int, is_even: bool) -> Any:
+        shares = share_out(self, bound, is_even)
+        launched.append((shares.kernel_kind, shares.splits))
+        return shares
 
-    monkeypatch.setattr(tuning.LaunchPlan, "is_crowded", watched)
+    monkeypatch.setattr(relaunch.Relaunch, "_share_out", watched)
 
     def outputs(multiprocessors: int) -> list[Tensor]:
         monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(multiprocessors, 0.0))
@@ -162,8 +189,8 @@ def test_a_crowded_step_has_the_same_bits_and_no_such_step_follows_when_rows_are
     few, many = outputs(5), outputs(10_000)
 
     assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
-    assert crowded[:2] == [True, True]
-    assert not any(crowded[-2:])
+    crowded, crowded_split, roomy = (False, True, True), (False, True, False), (False, False, False)
+    assert launched == [(crowded, 1), (crowded_split, 8), (roomy, 1), (roomy, 8)]
 
 
 def lengths(*of_rows: int) -> Tensor:
@@ -185,8 +212,8 @@ def test_how_many_splits_a_program_takes_changes_no_bit(multiprocessors: int, mo
         lens = torch.tensor(lengths[:rows], dtype=torch.int32, device=DEVICE)
         plan = tuning.plan(q_len=1, group_size=2, head_dim=16, dtype=torch.float32, block_n=16)
         bound = max(lengths[:rows])
-        share = plan.splits_per_program(2 * rows, bound, bound, is_even=rows == 1, gpu=tuning.Gpu(multiprocessors, 0.0))
-        taken.append(min(share, 5))
+        share = plan.share_out(2 * rows, bound, bound, is_even=rows == 1, gpu=tuning.Gpu(multiprocessors, 0.0))
+        taken.append(min(share.splits_per_program, 5))
         result = flashcore.attention_with_kv_cache(
             query[:rows], new_key[:rows], new_value[:rows], (key[:rows].clone(), value[:rows].clone()), seq_lens=lens,
             cache_max_len=610, block_n=16, is_causal=True, return_lse=True,
@@ -301,10 +328,10 @@ def test_drawn_decode_steps_are_shared_out_in_every_way() -> None:
             )  # fmt: skip
         longest = max(call.seq_lens, default=0)
         if plan.path == "split" and plan.num_splits(longest) > tuning.SPLIT_GROUP:
-            taken = plan.splits_per_program(
+            taken = plan.share_out(
                 case.batch * case.num_kv_heads, longest, longest, is_even=True,
                 gpu=tuning.gpu(torch.device("cpu")),
-            )  # fmt: skip
+            ).splits_per_program  # fmt: skip
             way = {1: "a split", tuning.SPLIT_GROUP: "a group"}.get(taken, "a row")
             yield from (way, f"{way}, uneven")[: 1 + (len(set(call.seq_lens)) > 1)]
 

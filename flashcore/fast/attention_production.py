@@ -550,19 +550,17 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         )  # fmt: skip
         return
     grid_splits = plan.grid_splits(problem.max_cached)
-    splits_per_program = plan.splits_per_program(
-        row_tiles * num_kv_heads * batch,
-        problem.max_cached if problem.longest is None else problem.longest,
-        problem.max_cached,
-        is_even=problem.is_even,
-        gpu=tuning.gpu(device),
+    longest = problem.max_cached if problem.longest is None else problem.longest
+    rows = row_tiles * num_kv_heads * batch
+    splits_per_program, crowded = plan.share_out(
+        rows, longest, problem.max_cached, is_even=problem.is_even, gpu=tuning.gpu(device)
     )
     likely_split_size = plan.likely_split_size(problem.longest, problem.max_cached, is_even=problem.is_even)
     scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)
     arrivals = unused_int
     if grid_splits > 1:
-        rows = [batch, num_kv_heads, grid_splits, q_len * group_size]
-        scratch = tuple(buffers.empty(shape, torch.float32, device) for shape in ([*rows, head_dim], rows, rows))
+        states = [batch, num_kv_heads, grid_splits, q_len * group_size]
+        scratch = tuple(buffers.empty(shape, torch.float32, device) for shape in ([*states, head_dim], states, states))
     # A cache that is going to be split has its counters from the first call on: a graph that is recorded before
     # would have to zero counters of its own at each replay.
     appends = problem.seq_lens_out is not None
@@ -575,12 +573,11 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     arguments = [
         *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip
-    crowded = plan.is_crowded(row_tiles * num_kv_heads * batch, grid_splits, tuning.gpu(device))
     constants |= {
         "BLOCK_NEW": plan.block_new,
         "ONE_QUERY": plan.one_query,
         "SEVERAL": splits_per_program > 1,
-        "UNSPLIT": crowded,
+        "UNSPLIT": crowded and grid_splits == 1,
         "MERGE_M": plan.merge_m,
         "PREFETCH": not interpreter.is_on(),
     }
@@ -591,7 +588,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     if problem.call is not None and problem.owner is not None:
         again = relaunch.Relaunch(
             split_kv_attention, compiled, arguments, options, plan, problem.owner, query,
-            problem.slot_limit, lse is not None,
+            problem.slot_limit, lse is not None, crowded,
         )  # fmt: skip
         problem.owner.remember(problem.call, again)
 

@@ -97,7 +97,7 @@ class _Shares(NamedTuple):
     splits_per_program: int
     likely_split_size: int
     programs: int
-    is_crowded: bool
+    kernel_kind: tuple[bool, bool, bool]  # SEVERAL, few registers, UNSPLIT
 
 
 class Relaunch:
@@ -113,6 +113,7 @@ class Relaunch:
         query: of the call, for shapes.
         slot_limit: no row may become longer.
         return_lse: whether the call returns an LSE.
+        is_crowded: whether its programs have few registers, see ``tuning.Shares``.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Relaunch:
         query: Tensor,
         slot_limit: int,
         return_lse: bool,
+        is_crowded: bool,
     ) -> None:
         """Keep what the launch consisted of; tensors as pointers where the launch is repeated directly."""
         self.kernel = kernel
@@ -146,9 +148,9 @@ class Relaunch:
         self.splits_later = rows[2] > 1
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
-        self.takes_several = bool(arguments[kernel.arg_names.index("SEVERAL")])
-        self.is_crowded = bool(arguments[kernel.arg_names.index("UNSPLIT")])
-        self.shares = _Shares(range(0), False, 0, 0, 0, 0, False)
+        several, unsplit = (bool(arguments[kernel.arg_names.index(name)]) for name in ("SEVERAL", "UNSPLIT"))
+        self.kernel_kind = several, is_crowded, unsplit
+        self.shares = _Shares(range(0), False, 0, 0, 0, 0, (False, False, False))
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
 
@@ -157,8 +159,7 @@ class Relaunch:
         bound, is_even, shares = past.max_len, past.is_even, self.shares
         if bound is not None and (bound not in shares.bounds or shares.is_even is not is_even):
             shares = self.shares = self._share_out(bound, is_even)
-        takes_several = shares.splits_per_program > 1
-        return bound is None or (takes_several is self.takes_several and shares.is_crowded is self.is_crowded)
+        return bound is None or shares.kernel_kind == self.kernel_kind
 
     def again(
         self, past: KVCache, query: Tensor, key: Tensor, value: Tensor
@@ -210,11 +211,11 @@ class Relaunch:
         size = self.plan.kv_split_size
         last = tuning.ceil_div(bound, size) * size
         splits, gpu, rows = self.plan.grid_splits(bound), tuning.gpu(self.device), self.heads * self.row_tiles
-        per_program = self.plan.splits_per_program(rows, bound, bound, is_even=is_even, gpu=gpu)
+        per_program, is_crowded = self.plan.share_out(rows, bound, bound, is_even=is_even, gpu=gpu)
         programs = tuning.ceil_div(splits, per_program) * self.heads
         likely = self.plan.likely_split_size(bound, bound, is_even=is_even)
-        is_crowded = self.plan.is_crowded(rows, splits, gpu)
-        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, likely, programs, is_crowded)
+        kind = per_program > 1, is_crowded, is_crowded and splits == 1
+        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, likely, programs, kind)
 
     def _prepare(self, past: KVCache) -> launching.Launch:
         """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.

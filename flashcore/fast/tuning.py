@@ -27,7 +27,10 @@ KV_SPLIT_BYTES = 32 * 1024
 """Keys and values of a short row's splits in a decode step: beyond that, one more split costs less than it saves."""
 
 FEW_SPLITS = 8
-"""From here on a decode step's splits become twice as long, then twice as many, then four times as long, then more."""
+"""So many splits of a decode step become longer before there are more of them ..."""
+
+LONG_SPLIT, LONGEST_SPLIT = 8, 32
+"""... namely so many times as long until there are twice as many, and then so many times."""
 
 CHUNK_SPLIT_BYTES = 128 * 1024
 """Keys and values of a split where several queries are new, and a program never takes several splits."""
@@ -74,7 +77,7 @@ SPLIT_GROUP = 4
 LEAST_MERGED_ROWS = 4
 """Rows of the smallest tile that merges stored splits: each size is a kernel of its own."""
 
-PROGRAM_GB_S = (25.0, 31.0)
+PROGRAM_GB_S = (25.0, 29.0)
 """What one program of a decode step reads at most, alone on a multiprocessor: up to head_dim 64, and beyond it.
 
 Measured on an H200, as the next three are; UNEVEN_PROGRAMS is what was fastest there (docs/performance.md, version 7).
@@ -83,17 +86,23 @@ Measured on an H200, as the next three are; UNEVEN_PROGRAMS is what was fastest 
 MEMORY_SHARE = 0.85
 """Of the memory's nominal rate, what all programs together read."""
 
-GROUPS_COST_US = 2.0
+GROUPS_COST_US = 1.5
 """What it costs to store groups of splits and merge them, instead of whole rows."""
 
-SPLITS_COST_US = 5.0
-"""What it costs to store single splits and merge them, instead of groups."""
+SPLITS_COST_US, CROWDED_SPLITS_COST_US = 5.0, 1.1
+"""What it costs to store single splits and merge them, instead of groups; and where more programs run at a time."""
 
 CROWDED_REGISTERS, CROWDED_STAGES = 128, 2
 """Of a program of a decode step that has a multiprocessor with others: then four fit there and not two."""
 
+CROWDED_MERGE = 1024
+"""Elements of the largest tile that merges stored splits with so few registers."""
+
+ROOMY_PROGRAMS = 2
+"""Programs of a decode step that fit on a multiprocessor with as many registers as they like."""
+
 UNEVEN_PROGRAMS = 4
-"""Groups of rows that differ in length, for each multiprocessor, as if all were as long as the longest."""
+"""Splits or groups of rows that differ in length, for each multiprocessor, as if all were as long as the longest."""
 
 
 class Gpu(NamedTuple):
@@ -101,6 +110,18 @@ class Gpu(NamedTuple):
 
     multiprocessors: int
     memory_gb_s: float
+
+
+class Shares(NamedTuple):
+    """How the splits of a call are shared out among programs.
+
+    Attributes:
+        splits_per_program: 1, SPLIT_GROUP, or as many as any row has.
+        is_crowded: whether the programs, of one split each, have few registers so that more share a multiprocessor.
+    """
+
+    splits_per_program: int
+    is_crowded: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +138,7 @@ class LaunchPlan:
         one_query: whether q_len is 1 (split path): the one new token is taken without a product of tiles.
         unsplit_size: slots of the longest row that is not split.
         kv_split_size: slots of a split until there are few_splits of them; a multiple of block_n.
-        few_splits: from here on splits become longer, too.
+        few_splits: from here on splits become longer before there are more.
         max_splits: a row's splits grow rather than become more than this.
         num_warps: of a program.
         num_stages: of the software pipeline.
@@ -146,7 +167,7 @@ class LaunchPlan:
 
         Args:
             several: for the kernel in which a program takes several splits.
-            crowded: for programs of which there are many, see ``is_crowded``.
+            crowded: for programs of which there are many, see ``Shares``.
 
         No contraction of a * b + c: the difference of two rounded logits is never positive, so that no weight passes 1.
         Contracted, the larger of two huge logits could exceed its own rounded maximum, and its weight overflow; and
@@ -166,20 +187,6 @@ class LaunchPlan:
             options |= {"maxnreg": CROWDED_REGISTERS, "num_stages": CROWDED_STAGES}
         return options
 
-    def is_crowded(self, rows: int, splits: int, gpu: Gpu) -> bool:
-        """Whether a decode step has more programs than multiprocessors, each of a row that is not split.
-
-        Such programs are short, and more of them at a time hide how each begins and ends. No bit depends on it.
-
-        Args:
-            rows: tiles of rows, of all batch rows and kv heads.
-            splits: that a row has at most.
-            gpu: it runs on.
-        """
-        of_16_bits = self.block_d >= 64 and self.num_warps == 4 and has_crowded_decode(self.arch)
-        many = rows > gpu.multiprocessors or _forced.crowded
-        return self.one_query and of_16_bits and splits == 1 and many
-
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
         if self.path != "split" or cached <= self.unsplit_size:
@@ -187,16 +194,18 @@ class LaunchPlan:
         size = self.kv_split_size
         wanted = max(
             min(ceil_div(cached, size), self.few_splits),
-            min(ceil_div(cached, 2 * size), 2 * self.few_splits),
-            ceil_div(cached, 8 * size),
+            min(ceil_div(cached, LONG_SPLIT * size), 2 * self.few_splits),
+            ceil_div(cached, LONGEST_SPLIT * size),
         )
         return max(min(wanted, self.max_splits), 1)
 
-    def splits_per_program(self, rows: int, longest: int, bound: int, *, is_even: bool, gpu: Gpu) -> int:
-        """Consecutive splits that one program takes. No bit depends on it: it may follow from the whole batch.
+    def share_out(self, rows: int, longest: int, bound: int, *, is_even: bool, gpu: Gpu) -> Shares:
+        """How the splits are shared out among programs. No bit depends on it: it may follow from the whole batch.
 
         A program that has its whole row merges nothing through memory, one that has a group of splits stores one
-        state for all of them; but the GPU must be filled, and where rows differ a long one must not come last.
+        state for all of them; but the GPU must be filled, and where rows differ a long one must not come last. Then,
+        or where that costs more than it saves, each split has a program; if these are many, more of them at a time
+        hide how each begins and ends.
 
         Args:
             rows: tiles of rows, of all batch rows and kv heads.
@@ -204,11 +213,14 @@ class LaunchPlan:
             bound: cached slots that no row exceeds.
             is_even: whether all rows are about as long, as far as the host can tell.
             gpu: it runs on.
-
-        Returns:
-            1, SPLIT_GROUP, or as many as any row has.
         """
-        if not self.one_query:
+        crowd = self._is_crowd(rows, longest, bound, is_even, gpu)
+        splits = self._splits_per_program(rows, longest, bound, is_even, crowd, gpu)
+        return Shares(splits, crowd and splits == 1)
+
+    def _splits_per_program(self, rows: int, longest: int, bound: int, is_even: bool, crowd: bool, gpu: Gpu) -> int:
+        """1, SPLIT_GROUP, or as many as any row has; ``crowd`` says whether programs of one split would be crowded."""
+        if not self.one_query or (crowd and not is_even):
             return 1
         most = self.grid_splits(bound)
         enough = gpu.multiprocessors * 2 // 3
@@ -219,7 +231,19 @@ class LaunchPlan:
         # Of rows that differ most have fewer groups than the longest.
         if rows * groups < (enough if is_even else UNEVEN_PROGRAMS * gpu.multiprocessors):
             return 1
-        return min(SPLIT_GROUP, most) if self._waits_us(rows * groups, longest / groups, gpu) <= SPLITS_COST_US else 1
+        cost = CROWDED_SPLITS_COST_US if crowd else SPLITS_COST_US
+        return min(SPLIT_GROUP, most) if self._waits_us(rows * groups, longest / groups, gpu) <= cost else 1
+
+    def _is_crowd(self, rows: int, longest: int, bound: int, is_even: bool, gpu: Gpu) -> bool:
+        """Whether programs of one split are more than fit on the GPU with as many registers as they like."""
+        if not (self.one_query and self.block_d >= 64 and self.num_warps == 4 and has_crowded_decode(self.arch)):
+            return False
+        if self.grid_splits(bound) == 1:
+            return rows > gpu.multiprocessors or _forced.crowded
+        if self.merge_m * self.block_d > CROWDED_MERGE:
+            return False
+        room = (ROOMY_PROGRAMS if is_even else UNEVEN_PROGRAMS) * gpu.multiprocessors
+        return rows * self.grid_splits(longest) > room or _forced.crowded
 
     def _waits_us(self, programs: int, slots: float, gpu: Gpu) -> float:
         """What programs of so many slots take longer than the memory needs, each alone on a multiprocessor."""
@@ -233,7 +257,7 @@ class LaunchPlan:
         """Slots of each split of most rows, or 0 if the host cannot tell: for prefetches, on which no result depends.
 
         Args:
-            longest, bound, is_even: as in ``splits_per_program``; longest may be unknown.
+            longest, bound, is_even: as in ``share_out``; longest may be unknown.
         """
         if longest is None or not is_even or self.grid_splits(longest) != self.grid_splits(bound):
             return 0
@@ -261,6 +285,7 @@ class _Forced:
     block_n: int | None = None
     kv_split_size: int | None = None
     max_splits: int | None = None
+    few_splits: int | None = None
     crowded: bool = False
 
 
@@ -281,12 +306,13 @@ def forced(
     block_n: int | None = None,
     kv_split_size: int | None = None,
     max_splits: int | None = None,
+    few_splits: int | None = None,
     crowded: bool = False,
 ) -> Iterator[None]:
     """Force parts of the plan of every call made inside; for tests, which must reach every kernel and split count.
 
-    A forced ``kv_split_size`` holds for rows of any length unless ``max_splits`` is forced, too. ``crowded``: few rows
-    are enough for ``LaunchPlan.is_crowded``.
+    A forced ``kv_split_size`` holds for rows of any length unless ``max_splits`` or ``few_splits`` is forced, too.
+    ``crowded``: few programs of one split are a crowd, see ``Shares``.
 
     Raises:
         ValueError: kv_split_size is not a positive multiple of 16, or max_splits not positive.
@@ -297,7 +323,7 @@ def forced(
     if max_splits is not None and max_splits < 1:
         raise ValueError(f"max_splits must be at least 1, got {max_splits}")
     before = _forced
-    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits, crowded)
+    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits, few_splits, crowded)
     _generation += 1
     try:
         yield
@@ -394,6 +420,7 @@ def plan(
     fits = (KV_SPLIT_BYTES if one_query else CHUNK_SPLIT_BYTES) // (2 * block_d * (4 if is_float32 else 2))
     kv_split_size = ceil_div(_forced.kv_split_size or fits, block_n) * block_n
     max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
+    of_decode = FEW_SPLITS if one_query and _forced.kv_split_size is None else max_splits
     return LaunchPlan(
         path=path,
         block_m=block_m,
@@ -404,7 +431,7 @@ def plan(
         one_query=one_query,
         unsplit_size=kv_split_size if _forced.kv_split_size or not one_query else 2 * kv_split_size,
         kv_split_size=kv_split_size,
-        few_splits=min(FEW_SPLITS, max_splits) if one_query and _forced.kv_split_size is None else max_splits,
+        few_splits=min(_forced.few_splits or of_decode, max_splits),
         max_splits=max_splits,
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
         num_stages=_num_stages(path, block_m, is_float32, block_d, arch),

@@ -151,7 +151,7 @@ MUTANTS = (
             f"        group_acc, group_m, group_l = merge_partial(acc, m_i, l_i, {_FIRST_STATE})\n",
         ),
         Edit(SPLIT_KV, "    if not SEVERAL:\n        splits_per_program = 1\n", ""),
-        Edit(TUNING, "        if not self.one_query:\n            return 1\n", ""),
+        Edit(TUNING, "if not self.one_query or (crowd and not is_even):", "if crowd and not is_even:"),
         laws=("many_splits",),
     ),
     _neutral(

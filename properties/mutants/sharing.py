@@ -24,7 +24,7 @@ _WIDE_OWN_GROUP = """\
 _WIDE_MERGED_GROUP = "            if ARE_GROUPS:\n                acc,"
 _SEVERAL = '"SEVERAL": splits_per_program > 1'
 _TAKE = "return min(SPLIT_GROUP, most) if"
-_SECOND_TIER = "tl.cdiv(shortest, 2), 2 * few_splits"
+_SECOND_TIER = "tl.cdiv(shortest, LONG_SPLIT), 2 * few_splits"
 
 
 def _sharing(
@@ -291,7 +291,7 @@ MUTANTS = (
     _sharing(
         "F427",
         "the device makes four times as many splits as are few, the host twice as many",
-        "rows of more than 16 splits, split left to the kernel",
+        "rows of more than 16 of the longer splits",
         PRIMITIVES,
         _SECOND_TIER,
         _SECOND_TIER.replace("2 * few_splits", "4 * few_splits"),
@@ -299,11 +299,11 @@ MUTANTS = (
     ),
     _sharing(
         "F428",
-        "the host does not know that splits become more again when they are twice as long",
-        "rows of more than 16 splits, split left to the kernel",
+        "the host does not know that splits become more again when they are long enough",
+        "rows of more than eight of the longer splits",
         TUNING,
-        "min(ceil_div(cached, 2 * size), 2 * self.few_splits)",
-        "min(ceil_div(cached, 2 * size), self.few_splits)",
+        "min(ceil_div(cached, LONG_SPLIT * size), 2 * self.few_splits)",
+        "min(ceil_div(cached, LONG_SPLIT * size), self.few_splits)",
         LONG,
     ),
     _sharing(
@@ -338,7 +338,7 @@ MUTANTS = (
         "a repeated launch does not look whether another kernel is needed",
         "repeated steps in which programs begin to take several splits",
         RELAUNCH,
-        "return bound is None or (takes_several is self.takes_several and shares.is_crowded is self.is_crowded)",
+        "return bound is None or shares.kernel_kind == self.kernel_kind",
         "return True",
         BITS,
     ),
@@ -364,9 +364,18 @@ MUTANTS = (
         "F477",
         "rows that are split have the kernel for rows that are not",
         "many rows of several splits, 16 bits, head_dim from 33 on",
-        TUNING,
-        "of_16_bits and splits == 1 and many",
-        "of_16_bits and many",
+        WRAPPER,
+        '"UNSPLIT": crowded and grid_splits == 1',
+        '"UNSPLIT": crowded',
+        ("every_kernel",),
+    ),
+    _sharing(
+        "F478",
+        "a repeated launch keeps the kernel for rows that are not split when they begin to be",
+        "repeated steps across a row's first edge, many rows, 16 bits, head_dim from 33 on",
+        RELAUNCH,
+        "is_crowded and splits == 1",
+        "is_crowded",
         ("every_kernel",),
     ),
     _sharing(

@@ -228,8 +228,8 @@ MUTANTS = (
             ),
             Edit(
                 PRIMITIVES,
-                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, 8)), max_splits)",
-                "wanted = tl.maximum(wanted, tl.cdiv(shortest, 8))",
+                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, LONGEST_SPLIT)), max_splits)",
+                "wanted = tl.maximum(wanted, tl.cdiv(shortest, LONGEST_SPLIT))",
             ),
         ),
         ("every_kernel_decodes_alike",),

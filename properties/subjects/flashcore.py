@@ -34,8 +34,13 @@ def in_few_splits(case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path="split", kv_split_size=case.kv_split_size, max_splits=3)
 
 
+def in_longer_splits(case: Case) -> AbstractContextManager[None]:
+    """Force the split kernel, and that a single split becomes longer before there are two, and these before more."""
+    return tuning.forced(path="split", kv_split_size=case.kv_split_size or 16, few_splits=1)
+
+
 def crowded(case: Case) -> AbstractContextManager[None]:
-    """Force the split kernel, and that for many rows where none is split."""
+    """Force the split kernel, and that for many programs where each has one split."""
     return tuning.forced(path="split", kv_split_size=case.kv_split_size, crowded=True)
 
 
@@ -115,6 +120,7 @@ def subject() -> Subject:
             "prefill": partial(on_path, "prefill"),
             "split": partial(on_path, "split"),
             "few splits": in_few_splits,
+            "longer splits": in_longer_splits,
             "crowded": crowded,
             **(hopper if torch.cuda.is_available() and tuning.has_sm90_prefill(_architecture("cuda")) else {}),
         },

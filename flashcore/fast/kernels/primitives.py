@@ -20,6 +20,7 @@ LONG_SEQ_LENS = tl.constexpr(16)
 LONG_NEW_LENS = tl.constexpr(32)
 
 SPLIT_GROUP = tl.constexpr(tuning.SPLIT_GROUP)
+LONG_SPLIT, LONGEST_SPLIT = tl.constexpr(tuning.LONG_SPLIT), tl.constexpr(tuning.LONGEST_SPLIT)
 
 LENGTHS = ("seq_lens_ptr", "new_lens_ptr")
 """Read word by word: where in memory they begin is nothing to compile a kernel for."""
@@ -476,13 +477,13 @@ def row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOC
 
     ``LaunchPlan.grid_splits`` and ``split_size`` are the same arithmetic on the host. One split up to
     ``unsplit_size`` slots; then splits of ``kv_split_size`` until
-    there are ``few_splits``, of twice that until there are twice as many, then of eight times that; longer ones rather
-    than more than ``max_splits``.
+    there are ``few_splits``, of LONG_SPLIT times that until there are twice as many, then of LONGEST_SPLIT times that;
+    longer ones rather than more than ``max_splits``.
     """
     shortest = tl.cdiv(cached, kv_split_size)  # rounding up once and again is rounding up, and shifts are no divisions
     wanted = tl.minimum(shortest, few_splits)
-    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(shortest, 2), 2 * few_splits))
-    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, 8)), max_splits)
+    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(shortest, LONG_SPLIT), 2 * few_splits))
+    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, LONGEST_SPLIT)), max_splits)
     wanted = tl.where(cached <= unsplit_size, 1, wanted)
     size = tl.maximum(tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) * BLOCK_N
     return tl.maximum(tl.cdiv(cached, size), 1), size
