@@ -80,7 +80,8 @@ LEAST_MERGED_ROWS = 4
 PROGRAM_GB_S = (25.0, 29.0)
 """What one program of a decode step reads at most, alone on a multiprocessor: up to head_dim 64, and beyond it.
 
-Measured on an H200, as the next three are; UNEVEN_PROGRAMS is what was fastest there (docs/performance.md, version 7).
+Measured on an H200, as the next three are; UNEVEN_PROGRAMS is what was fastest there (docs/performance.md,
+versions 7 and 9).
 """
 
 MEMORY_SHARE = 0.85
