@@ -32,8 +32,12 @@ from flashcore.fast.kernels.prefill import prefill_attention
 from flashcore.fast.kernels.prefill_sm90 import prefill_attention_sm90
 from flashcore.fast.kernels.primitives import LENGTHS
 from flashcore.fast.kernels.split_kv import split_kv_attention
+from flashcore.fast.kernels.split_kv_sm90 import split_kv_attention_sm90
 
-KERNELS = {"split": split_kv_attention, "prefill": prefill_attention, "prefill_sm90": prefill_attention_sm90}
+KERNELS = {
+    "split": split_kv_attention, "split_sm90": split_kv_attention_sm90,
+    "prefill": prefill_attention, "prefill_sm90": prefill_attention_sm90,
+}  # fmt: skip
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 ROWS = (1, 8, 16, 32, 1024)
@@ -82,6 +86,17 @@ def configurations(arch: int) -> Iterator[Configuration]:
             yield dtype, plan, flags, plan.compiler_options(several=several, crowded=crowded)
     if arch == 90:
         yield from ((torch.float16, p, sm90.constants(p), p.compiler_options()) for p in hopper_plans())
+        yield from ((torch.float16, p, sm90.split_constants(p), p.compiler_options()) for p in hopper_decode_plans())
+
+
+def hopper_decode_plans() -> Iterator[tuning.LaunchPlan]:
+    """Those of the decode kernel for Hopper, like ``hopper_plans``."""
+    for head_dim, group_size in itertools.product(tuning.SM90_DECODE_KEYS, (1, 8, 16)):
+        plan = tuning.plan(q_len=1, group_size=group_size, head_dim=head_dim, dtype=torch.float16, arch=90)
+        yield dataclasses.replace(
+            plan, path="split_sm90", block_m=max(tuning.SM90_LEAST_HEADS, group_size),
+            block_n=tuning.SM90_DECODE_KEYS[head_dim], num_stages=tuning.SM90_STAGES, num_warps=4,
+        )  # fmt: skip
 
 
 def hopper_plans() -> Iterator[tuning.LaunchPlan]:
@@ -106,7 +121,7 @@ def compile_one(
         "new_lens_ptr": "*i32",
     }  # fmt: skip
     signature, attributes = {}, {}
-    layout = sm90.layout(dtype, plan) if plan.path == "prefill_sm90" else None
+    layout = sm90.layout(dtype, plan) if plan.path.endswith("sm90") else None
     for position, name in enumerate(kernel.arg_names):
         if name in flags:
             signature[name] = "constexpr"
@@ -123,7 +138,7 @@ def compile_one(
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=layout is not None)
+    registers, spills = registers_and_spills(compiled.asm["cubin"], in_loop=plan.path == "prefill_sm90")
     return {
         "arch": arch, "dtype": str(dtype).removeprefix("torch."), "kernel": plan.path, "block_m": plan.block_m,
         "block_n": plan.block_n, "block_new": plan.block_new, "block_d": plan.block_d,

@@ -74,11 +74,19 @@ def test_every_shipped_tile_compiles_without_spills_and_fits(arch: int) -> None:
 
     assert {(r["kernel"], r["dtype"]) for r in results} == {
         *((kernel, dtype) for kernel in ("split", "prefill") for dtype in ("float16", "bfloat16", "float32")),
-        *([("prefill_sm90", "float16")] if arch == 90 else []),
+        *([("prefill_sm90", "float16"), ("split_sm90", "float16")] if arch == 90 else []),
     }
     assert spilled(results) + too_large(results) + contracted(results) == []
     assert [r for r in results if r["parameter_bytes"] != r["launched_bytes"] and r["kernel"] != "prefill_sm90"] == []
     assert [name(r) for r in results if r["is_decode"] and not r["loads_first"]] == []
+
+
+def test_two_programs_of_a_decode_step_fit_on_a_multiprocessor_of_hopper() -> None:
+    programs = [r for r in compiled(90) if r["kernel"] == "split_sm90"]
+
+    assert len(programs) == 6
+    assert [name(r) for r in programs if 2 * (r["shared_bytes"] + 1024) > 228 * 1024] == []  # 1024 of each are taken
+    assert [name(r) for r in programs if 2 * 128 * r["registers"] > 65536] == []
 
 
 def test_a_spill_a_contraction_and_too_much_shared_memory_are_seen() -> None:

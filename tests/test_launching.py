@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from flashcore.fast import launching
@@ -64,12 +65,12 @@ class Triton:
 
 
 def repeated(monkeypatch: pytest.MonkeyPatch, compiled: Triton, driver: Driver | None) -> launching.Launch:
-    """The launch of two row tiles, with "bound" and "out_ptr" changing."""
+    """The launch of a grid [., 2, 1], with "bound" and "out_ptr" changing."""
     active = SimpleNamespace(get_current_stream=lambda device: STREAM + device)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     monkeypatch.setattr(launching, "_driver", lambda: driver)
     kernel = SimpleNamespace(arg_names=NAMES)
-    return launching.repeated(kernel, compiled, ARGUMENTS, {}, ["bound", "out_ptr"], 2, 3)
+    return launching.repeated(kernel, compiled, ARGUMENTS, {}, ["bound", "out_ptr"], (2, 1), 3)
 
 
 THROUGH_TRITON = (6, 2, 1, STREAM + 3, FUNCTION, (4, 1, 4096), None, None, None, 1 << 41, 0.125, 8, *ARGUMENTS[3:])
@@ -120,3 +121,85 @@ def test_triton_launches_what_is_not_known_to_take_what_is_kept(
 
     assert compiled.calls == [THROUGH_TRITON]
     assert driver is None or driver.launches == 0
+
+
+DESCRIBED = "tensordesc<fp16[1, 1, 64, 128],NVMMASharedLayout(swizzle_byte_width=128)>"
+MAP = (".align 64 .b8 kernel_map[128]", *(".u32",) * 4, *(".u64",) * 4)
+
+
+class Mapping:
+    """The function of the CUDA driver that encodes tensor maps, which notes how it is called."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+        integers, addresses = ctypes.c_uint32, ctypes.c_void_p
+        self.cuTensorMapEncodeTiled = ctypes.CFUNCTYPE(
+            ctypes.c_int, addresses, integers, integers, addresses, *(addresses,) * 4, *(integers,) * 4
+        )(self.encode)
+
+    def encode(
+        self, at: int, format_: int, rank: int, base: int, sizes: int, strides: int, box: int, steps: int, *modes: int
+    ) -> int:
+        """Read the arguments as the driver does; the map is 128 bytes of 7."""
+        self.aligned = at % 64 == 0
+        self.modes = (format_, rank, base, *modes)
+        self.shape = struct.unpack(f"{rank}Q", ctypes.string_at(sizes, 8 * rank))
+        self.strides = struct.unpack(f"{rank - 1}Q", ctypes.string_at(strides, 8 * (rank - 1)))
+        self.box = struct.unpack(f"{rank}I", ctypes.string_at(box, 4 * rank))
+        self.steps = struct.unpack(f"{rank}I", ctypes.string_at(steps, 4 * rank))
+        ctypes.memset(at, 7, 128)
+        return self.status
+
+
+def described() -> tuple[torch.Tensor, SimpleNamespace]:
+    """A cache, and what Gluon's descriptor of it has."""
+    cache = torch.empty(2, 3, 100, 128, dtype=torch.bfloat16)
+    return cache, SimpleNamespace(base=cache, shape=list(cache.shape), strides=list(cache.stride()))
+
+
+META = {"block_size": [1, 1, 64, 64], "swizzle": 3}
+
+
+def test_a_tensor_map_is_encoded_from_the_innermost_dimension_on() -> None:
+    cache, descriptor = described()
+    driver = Mapping()
+
+    tensor_map = launching.TensorMap(driver, descriptor, META)
+
+    assert (driver.shape, driver.strides) == ((128, 100, 3, 2), (256, 25600, 76800))
+    assert (driver.box, driver.steps) == ((64, 64, 1, 1), (1, 1, 1, 1))
+    bfloat16, swizzle_128, promotion_128 = 9, 3, 2
+    assert driver.modes == (bfloat16, 4, cache.data_ptr(), 0, swizzle_128, promotion_128, 0)
+    assert driver.aligned
+    assert ctypes.string_at(tensor_map.address, 128) == bytes([7] * 128)
+    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: error 1"):
+        launching.TensorMap(Mapping(status=1), descriptor, META)
+
+
+def test_a_kernel_gets_the_map_of_a_tensor_then_its_shape_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, descriptor = described()
+    names, types = ("out_ptr", "cache_desc", "bound"), ("*fp16", DESCRIBED, "i32")
+    compiled = Triton((".u64 .ptr .global .align 1", *MAP, ".u32", ".u64", ".u64"), tensordesc_meta=[META])
+    compiled.src = SimpleNamespace(signature=dict(zip(names, types, strict=True)))
+    driver: Any = Driver()
+    driver.cuTensorMapEncodeTiled = Mapping().cuTensorMapEncodeTiled
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_stream=lambda _: STREAM))
+    monkeypatch.setattr(launching, "_driver", lambda: driver)
+    found: list[bytes] = []
+
+    def launch(_config: int, _function: int, parameters: Any, _extra: Any) -> int:
+        sizes = (8, 128, *[4] * 4, *[8] * 4, 4, 8, 8)
+        found.extend(ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes))
+        return 0
+
+    driver.cuLaunchKernelEx = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+    )(launch)
+
+    kernel, arguments = SimpleNamespace(arg_names=names), (1, descriptor, 5)
+    launching.repeated(kernel, compiled, arguments, {}, ["bound", "out_ptr"], (8, 2), 0).again(1, STREAM, [9, 1 << 42])
+
+    numbers = [int.from_bytes(value, "little") for value in found if len(value) < 128]
+    assert found[1] == bytes([7] * 128)
+    assert numbers == [1 << 42, *descriptor.shape, *descriptor.strides, 9, 0, 0]
+    assert compiled.calls == []

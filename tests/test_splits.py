@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
@@ -31,6 +32,7 @@ def test_the_error_bound_counts_the_groups_that_the_kernels_merge() -> None:
 def plans() -> list[tuning.LaunchPlan]:
     """As chosen, and as forced, with splits that have to grow."""
     made = [tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16)]
+    made.append(dataclasses.replace(made[0], path="split_sm90", kv_split_size=256, unsplit_size=512))
     for kv_split_size, max_splits in ((16, None), (16, 4), (48, 3), (32, 1)):
         with tuning.forced(block_n=16, kv_split_size=kv_split_size, max_splits=max_splits):
             made.append(tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16))
@@ -151,7 +153,7 @@ def test_no_step_is_crowded_where_the_assembler_would_spill(
     monkeypatch.setattr(triton, "__version__", version)
     tuning.has_crowded_decode.cache_clear()
     try:
-        plan = tuning.plan(q_len=1, group_size=1, head_dim=64, dtype=torch.float16, arch=arch)
+        plan = tuning.plan(q_len=1, group_size=1, head_dim=48, dtype=torch.float16, arch=arch)
         assert plan.share_out(133, 16, 16, is_even=True, gpu=tuning.Gpu(132, 0.0)) == (1, crowded)
     finally:
         tuning.has_crowded_decode.cache_clear()
@@ -166,9 +168,9 @@ def test_a_crowded_step_has_the_same_bits_and_another_kernel_follows_when_rows_a
     launched: list[tuple[tuple[bool, ...], int]] = []
     share_out = relaunch.Relaunch._share_out
 
-    def watched(self: relaunch.Relaunch, bound: int, is_even: bool) -> Any:
-        shares = share_out(self, bound, is_even)
-        launched.append((shares.kernel_kind, shares.splits))
+    def watched(self: relaunch.Relaunch, bound: int, shortest: int, is_even: bool) -> Any:
+        shares = share_out(self, bound, shortest, is_even)
+        launched.append((shares.kernel_kind, shares.arguments[0]))
         return shares
 
     monkeypatch.setattr(relaunch.Relaunch, "_share_out", watched)
@@ -306,6 +308,7 @@ def test_host_and_device_split_a_row_alike(plan: tuning.LaunchPlan) -> None:
         plan.few_splits,
         plan.max_splits,
         len(lengths),
+        *plan.long_splits,
         BLOCK_N=plan.block_n,
     )
 

@@ -94,6 +94,26 @@ def test_flashcore_visits_every_key_once_in_as_many_splits_as_it_plans(
     assert len(splits) == plan.num_splits(cached)
 
 
+@pytest.mark.parametrize(
+    ("cached", "last"),
+    [(0, [(0, 1)]), (5, [(0, 6)]), (64, [(0, 64), (64, 65)]), (100, [(0, 64), (64, 101)]), (300, [(256, 301)])],
+)
+def test_the_new_token_of_a_decode_step_on_hopper_has_its_place_in_the_last_tile(
+    cached: int, last: list[tuple[int, int]], flashcore: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(
+        rows=(Row(cached, (1,)),), start="tuple", capacity=1200, head_dim=128, dtype="float16", block_n=16,
+        kv_split_size=128,
+    )  # fmt: skip
+    monkeypatch.setattr(tuning, "has_sm90_kernels", lambda _: True)
+
+    with tuning.forced(path="split_sm90", kv_split_size=case.kv_split_size):
+        splits = flashcore.tiles(case, 1, cached, 1)
+
+    assert splits[-1] == tuple(last)
+    assert [key for split in splits for tile in split for key in range(*tile)] == list(range(cached + 1))
+
+
 def test_a_causal_call_without_a_cache_ends_in_the_diagonal(flashcore: Subject) -> None:
     case = Case(rows=(Row(50, (3,)),), op="attention", is_causal=True, block_n=16)
 

@@ -56,6 +56,8 @@ class _Problem:
     seq_lens_out: Tensor | None = None  # given when the new tokens are to be appended
     slot_limit: int = 0
     longest: int | None = None  # cached slots of the longest row at most, or when a graph was recorded
+    shortest: int = 0  # cached slots that every row has, or had when a graph was recorded
+    is_recorded: bool = False  # in a CUDA graph
     is_even: bool = True  # whether all rows are about as long, as far as the host knows
     owner: KVCache | None = None  # whose fault flag and counters the launch uses
     call: relaunch.Call | None = None  # under which the launch may be repeated for the owner
@@ -133,6 +135,7 @@ def attention(
         k_new=k[:, :, kv_len - diagonal :],
         v_new=v[:, :, kv_len - diagonal :],
         max_cached=kv_len - diagonal,
+        shortest=kv_len - diagonal,
         num_new_keys=diagonal,
         qk_scale=qk_scale,
         causal_offset=diagonal - q_len,
@@ -261,6 +264,8 @@ def attention_with_kv_cache(
         v_new=value,
         max_cached=capacity if lengths.bound is None else lengths.bound,
         longest=lengths.longest,
+        shortest=lengths.shortest,
+        is_recorded=capturing,
         is_even=lengths.is_even,
         num_new_keys=q_len,
         qk_scale=qk_scale,
@@ -552,10 +557,13 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     grid_splits = plan.grid_splits(problem.max_cached)
     longest = problem.max_cached if problem.longest is None else problem.longest
     rows = row_tiles * num_kv_heads * batch
-    splits_per_program, crowded = plan.share_out(
-        rows, longest, problem.max_cached, is_even=problem.is_even, gpu=tuning.gpu(device)
+    shares = plan.share_out(rows, longest, problem.max_cached, is_even=problem.is_even, gpu=tuning.gpu(device))
+    splits_per_program = shares.splits_per_program
+    likely_split_size = plan.likely_split_size(
+        problem.longest, problem.max_cached, is_even=problem.is_even, shortest=problem.shortest
     )
-    likely_split_size = plan.likely_split_size(problem.longest, problem.max_cached, is_even=problem.is_even)
+    if problem.is_recorded and plan.path == "split_sm90":
+        likely_split_size = 0  # a graph is replayed for longer rows
     scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)
     arrivals = unused_int
     if grid_splits > 1:
@@ -566,29 +574,38 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     appends = problem.seq_lens_out is not None
     if grid_splits > 1 or (appends and plan.grid_splits(problem.slot_limit) > 1):
         arrivals = _arrival_counters(problem, batch * num_kv_heads * row_tiles)
+    row_programs = tuning.ceil_div(grid_splits, splits_per_program)
     splits = (
         grid_splits, splits_per_program, plan.unsplit_size, plan.kv_split_size, plan.few_splits, plan.max_splits,
-        likely_split_size,
+        likely_split_size, *([row_programs, problem.shortest] if plan.path == "split_sm90" else []),
     )  # fmt: skip
     arguments = [
         *outputs, *scratch, arrivals, fault, *pointers, problem.qk_scale, *sizes, flags, *splits, *strides
     ]  # fmt: skip
-    constants |= {
-        "BLOCK_NEW": plan.block_new,
-        "ONE_QUERY": plan.one_query,
-        "SEVERAL": splits_per_program > 1,
-        "UNSPLIT": crowded and grid_splits == 1,
-        "MERGE_M": plan.merge_m,
-        "PREFETCH": not interpreter.is_on(),
-    }
-    arguments += [constants[name] for name in split_kv_attention.arg_names[len(arguments) :]]
-    options = plan.compiler_options(several=splits_per_program > 1, crowded=crowded)
-    programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch
-    compiled = split_kv_attention[programs, row_tiles](*arguments, **options)
+    options = plan.compiler_options(several=splits_per_program > 1, crowded=shares.is_crowded)
+    kernel: Any = split_kv_attention
+    if plan.path == "split_sm90":
+        from flashcore.fast import sm90
+
+        kernel = sm90.split_kernel()
+        arguments += [sm90.describe(t, query, plan) for t in (problem.k_cache, problem.v_cache)]
+        constants = sm90.split_constants(plan)
+    else:
+        several, _, unsplit = plan.kernel_kind(grid_splits, shares)
+        constants |= {
+            "BLOCK_NEW": plan.block_new,
+            "ONE_QUERY": plan.one_query,
+            "SEVERAL": several,
+            "UNSPLIT": unsplit,
+            "MERGE_M": plan.merge_m,
+            "PREFETCH": not interpreter.is_on(),
+        }
+    arguments += [constants[name] for name in kernel.arg_names[len(arguments) :]]
+    compiled = kernel[plan.grid(row_programs, num_kv_heads, batch, row_tiles)](*arguments, **options)
     if problem.call is not None and problem.owner is not None:
         again = relaunch.Relaunch(
-            split_kv_attention, compiled, arguments, options, plan, problem.owner, query,
-            problem.slot_limit, lse is not None, crowded,
+            kernel, compiled, arguments, options, plan, problem.owner, query,
+            problem.slot_limit, lse is not None, plan.kernel_kind(grid_splits, shares),
         )  # fmt: skip
         problem.owner.remember(problem.call, again)
 

@@ -12,8 +12,9 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 import triton
 
 from flashcore.fast import interpreter
@@ -32,7 +33,7 @@ class Launch(Protocol):
     current_stream: Callable[[], int | None]
 
     def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:
-        """Launch so many times ``row_tiles`` programs, with these arguments instead of the first launch's."""
+        """Launch a grid with ``programs`` in its first dimension, with these arguments instead of the first ones."""
 
 
 def repeated(
@@ -41,7 +42,7 @@ def repeated(
     arguments: Sequence[Any],
     options: dict[str, Any],
     changing: Sequence[str],
-    row_tiles: int,
+    outer_grid: tuple[int, int],
     device: int | None,
 ) -> Launch:
     """The quickest way to repeat a launch.
@@ -53,13 +54,13 @@ def repeated(
             tensors, except in the interpreter.
         options: num_warps and the like.
         changing: names of the arguments that each launch gives, in this order, as ``arguments`` holds them.
-        row_tiles: second dimension of the grid.
+        outer_grid: second and third dimension of the grid.
         device: index of the device, current at each launch.
     """
     positions = [kernel.arg_names.index(name) for name in changing]
     if compiled is None:
-        return Interpreted(kernel, arguments, options, positions, row_tiles)
-    through_triton = ThroughTriton(compiled, arguments, positions, row_tiles, device)
+        return Interpreted(kernel, arguments, options, positions, outer_grid)
+    through_triton = ThroughTriton(compiled, arguments, positions, outer_grid, device)
     types = list(compiled.src.signature.values())
     driver = _driver()
     if driver is None or not _takes(compiled, types):
@@ -71,28 +72,38 @@ class Interpreted:
     """Runs the kernel in Triton's interpreter."""
 
     def __init__(
-        self, kernel: Any, arguments: Sequence[Any], options: dict[str, Any], positions: list[int], row_tiles: int
+        self,
+        kernel: Any,
+        arguments: Sequence[Any],
+        options: dict[str, Any],
+        positions: list[int],
+        outer_grid: tuple[int, int],
     ) -> None:
         """As ``repeated``; ``positions`` of what changes."""
         self.kernel, self.arguments, self.options = kernel, arguments, options
-        self.positions, self.row_tiles = positions, row_tiles
+        self.positions, self.outer_grid = positions, outer_grid
         self.current_stream: Callable[[], int | None] = type(None)
 
     def again(self, programs: int, stream: int | None, changed: list[Any]) -> None:  # noqa: ARG002
         """Launch."""
         with interpreter.silent_arithmetic():
-            self.kernel[programs, self.row_tiles](*_replaced(self.arguments, self.positions, changed), **self.options)
+            self.kernel[programs, *self.outer_grid](*_replaced(self.arguments, self.positions, changed), **self.options)
 
 
 class ThroughTriton:
     """Launches a compiled kernel by Triton's launcher."""
 
     def __init__(
-        self, compiled: Any, arguments: Sequence[Any], positions: list[int], row_tiles: int, device: int | None
+        self,
+        compiled: Any,
+        arguments: Sequence[Any],
+        positions: list[int],
+        outer_grid: tuple[int, int],
+        device: int | None,
     ) -> None:
         """As ``repeated``; ``positions`` of what changes."""
         self.compiled, self.arguments, self.positions = compiled, arguments, positions
-        self.row_tiles = row_tiles
+        self.outer_grid = outer_grid
         stream_of = triton.runtime.driver.active.get_current_stream
         self.current_stream: Callable[[], int | None] = functools.partial(stream_of, device)
 
@@ -101,7 +112,7 @@ class ThroughTriton:
         compiled = self.compiled
         arguments = _replaced(self.arguments, self.positions, changed)
         compiled.run(
-            programs, self.row_tiles, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            programs, *self.outer_grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
             *arguments,
         )  # fmt: skip
 
@@ -124,6 +135,40 @@ class _LaunchConfig(ctypes.Structure):
     ]  # fmt: skip
 
 
+class TensorMap:
+    """What the tensor memory accelerator is told of a tensor, encoded by the driver: 128 bytes at ``address``."""
+
+    BYTES, ALIGNMENT = 128, 64
+    FORMATS: ClassVar = {torch.float16: 6, torch.bfloat16: 9}
+    """The driver's CUtensorMapDataType."""
+
+    def __init__(self, driver: Any, descriptor: Any, metadata: dict[str, Any]) -> None:
+        """``descriptor``: Gluon's; ``metadata``: what the compiler says of its parameter.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        base, rank = descriptor.base, len(descriptor.shape)
+        self.memory = ctypes.create_string_buffer(self.BYTES + self.ALIGNMENT)
+        self.address = -(-ctypes.addressof(self.memory) // self.ALIGNMENT) * self.ALIGNMENT
+        # The driver counts dimensions from the innermost, whose stride is that of an element.
+        sizes = (ctypes.c_uint64 * rank)(*reversed(descriptor.shape))
+        strides = (ctypes.c_uint64 * (rank - 1))(*(s * base.element_size() for s in reversed(descriptor.strides[:-1])))
+        box = (ctypes.c_uint32 * rank)(*reversed(metadata["block_size"]))
+        steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+        interleave, promotion_to_128_bytes, fill_with_zeros = 0, 2, 0
+        refused = driver.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(self.address), self.FORMATS[base.dtype], rank, ctypes.c_void_p(base.data_ptr()), sizes,
+            strides, box, steps, interleave, metadata["swizzle"], promotion_to_128_bytes, fill_with_zeros,
+        )  # fmt: skip
+        if refused:
+            raise RuntimeError(f"cuTensorMapEncodeTiled: error {refused}")
+
+
+def _is_descriptor(type_: str) -> bool:
+    return type_.startswith("tensordesc")
+
+
 class ThroughDriver:
     """Launches a compiled kernel: a cell of 8 bytes an argument, those that change first."""
 
@@ -134,15 +179,33 @@ class ThroughDriver:
         compiled, values = through_triton.compiled, through_triton.arguments
         order = [*through_triton.positions, *(i for i in range(len(types)) if i not in through_triton.positions)]
         order = [i for i in order if types[i] != "constexpr"]
-        bits = [struct.unpack("i", struct.pack("f", values[i]))[0] if types[i] == "fp32" else values[i] for i in order]
-        self.cells = (ctypes.c_uint64 * (len(order) + SCRATCH))(*bits)
-        places = [*sorted(range(len(order)), key=order.__getitem__), len(order), len(order) + 1]
-        at = ctypes.addressof(self.cells)
-        self.parameters = (ctypes.c_void_p * len(places))(*(at + ctypes.sizeof(ctypes.c_uint64) * p for p in places))
+        maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+        self.tensor_maps = {
+            i: TensorMap(driver, values[i], next(maps)) for i in sorted(order) if _is_descriptor(types[i])
+        }
+        cells: list[int] = []
+        addresses: dict[int, list[int]] = {}  # of each argument's parameters: in a tensor map, or numbers of cells
+        for i in order:
+            own = [values[i]]
+            if i in self.tensor_maps:
+                own = [*values[i].shape, *values[i].strides]
+            elif types[i] == "fp32":
+                own = [struct.unpack("i", struct.pack("f", values[i]))[0]]
+            addresses[i] = list(range(len(cells), len(cells) + len(own)))
+            cells += own
+        self.cells = (ctypes.c_uint64 * (len(cells) + SCRATCH))(*cells)
+        at, size = ctypes.addressof(self.cells), ctypes.sizeof(ctypes.c_uint64)
+        places: list[int] = []
+        for i in sorted(order):
+            if i in self.tensor_maps:
+                places.append(self.tensor_maps[i].address)
+            places += [at + size * cell for cell in addresses[i]]
+        places += [at + size * cell for cell in range(len(cells), len(cells) + SCRATCH)]
+        self.parameters = (ctypes.c_void_p * len(places))(*places)
         self.num_changing = len(through_triton.positions)
         metadata = compiled.metadata
         self.config = _LaunchConfig(
-            grid_y=through_triton.row_tiles, grid_z=1,
+            grid_y=through_triton.outer_grid[0], grid_z=through_triton.outer_grid[1],
             block_x=32 * metadata.num_warps, block_y=1, block_z=1,
             shared=metadata.shared,
         )  # fmt: skip
@@ -187,11 +250,19 @@ def _takes(compiled: Any, types: list[str]) -> bool:
 
 def declared_bytes(ptx: str) -> list[int]:
     """Bytes of the parameters that a kernel's entry declares, in order."""
-    entry = ptx.partition(".entry")[2].partition(")")[0]
-    return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z](\d+)", entry)]
+    entry = ptx.partition(".entry")[2].partition("\n)")[0]
+    declared = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z](\d+)[^,\[]*(?:\[(\d+)\])?", entry)
+    return [int(bits) // 8 * int(count or 1) for bits, count in declared]
 
 
 def parameter_bytes(types: Iterable[str]) -> list[int]:
     """Bytes of the parameters of a kernel compiled for arguments of these types; 0 for types unknown here."""
     bytes_of = {"i32": 4, "i64": 8, "fp32": 4}
-    return [8 if t.startswith("*") else bytes_of.get(t, 0) for t in types if t != "constexpr"] + [8] * SCRATCH
+    found: list[int] = []
+    for type_ in types:
+        if _is_descriptor(type_):
+            rank = type_.partition("[")[2].partition("]")[0].count(",") + 1
+            found += [TensorMap.BYTES, *[4] * rank, *[8] * rank]  # then its shape and strides
+        elif type_ != "constexpr":
+            found.append(8 if type_.startswith("*") else bytes_of.get(type_, 0))
+    return [*found, *[8] * SCRATCH]

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from flashcore.cache import KVCache
 
 
-CHANGING = (
-    "max_cached", "grid_splits", "splits_per_program", "likely_split_size",
-    "q_ptr", "k_new_ptr", "v_new_ptr", "seq_lens_ptr", "out_ptr", "seq_lens_out_ptr",
-)  # fmt: skip
-"""Arguments of the kernel that differ from step to step; "lse_ptr" besides, where one is asked for."""
+SHARED_OUT = ("grid_splits", "splits_per_program", "likely_split_size", "row_programs")
+"""Arguments of the kernel that ``_Shares`` has; the last only of the kernel for Hopper, as "shortest"."""
+
+POINTERS = ("q_ptr", "k_new_ptr", "v_new_ptr", "seq_lens_ptr", "out_ptr", "seq_lens_out_ptr")
+"""Those that differ from step to step; "lse_ptr" besides, where one is asked for."""
 
 SCRATCH = ("partial_out_ptr", "partial_m_ptr", "partial_l_ptr", "arrivals_ptr")
 
@@ -93,11 +93,10 @@ class _Shares(NamedTuple):
 
     bounds: range
     is_even: bool
-    splits: int
-    splits_per_program: int
-    likely_split_size: int
-    programs: int
-    kernel_kind: tuple[bool, bool, bool]  # SEVERAL, few registers, UNSPLIT
+    is_alike: bool  # whether the shortest row needs as many, too
+    arguments: tuple[int, ...]  # SHARED_OUT
+    programs: int  # the grid's first dimension
+    kernel_kind: tuple[bool, bool, bool]
 
 
 class Relaunch:
@@ -113,7 +112,7 @@ class Relaunch:
         query: of the call, for shapes.
         slot_limit: no row may become longer.
         return_lse: whether the call returns an LSE.
-        is_crowded: whether its programs have few registers, see ``tuning.Shares``.
+        kernel_kind: see ``LaunchPlan.kernel_kind``.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Relaunch:
         query: Tensor,
         slot_limit: int,
         return_lse: bool,
-        is_crowded: bool,
+        kernel_kind: tuple[bool, bool, bool],
     ) -> None:
         """Keep what the launch consisted of; tensors as pointers where the launch is repeated directly."""
         self.kernel = kernel
@@ -146,19 +145,25 @@ class Relaunch:
         rows[3] *= self.q_len
         self.partial_shapes = ([*rows, query.shape[3]], rows, rows)
         self.splits_later = rows[2] > 1
+        self.batch, self.num_kv_heads = rows[:2]
         self.heads = rows[0] * rows[1]
         self.row_tiles = tuning.ceil_div(rows[3], plan.block_m)
-        several, unsplit = (bool(arguments[kernel.arg_names.index(name)]) for name in ("SEVERAL", "UNSPLIT"))
-        self.kernel_kind = several, is_crowded, unsplit
-        self.shares = _Shares(range(0), False, 0, 0, 0, 0, (False, False, False))
+        self.kernel_kind = kernel_kind
+        self.bounds = [name for name in ("max_cached", "shortest") if name in kernel.arg_names]
+        self.shared_out = [name for name in SHARED_OUT if name in kernel.arg_names]
+        self.shares = _Shares(range(0), False, False, (), 0, (False, False, False))
         self.scratch: list[Tensor] = []
         self.launch: launching.Launch | None = None
 
     def is_for(self, past: KVCache) -> bool:
         """Whether the kernel is the one for rows as long as those of ``past``, as far as the host knows them."""
         bound, is_even, shares = past.max_len, past.is_even, self.shares
-        if bound is not None and (bound not in shares.bounds or shares.is_even is not is_even):
-            shares = self.shares = self._share_out(bound, is_even)
+        if bound is not None and (
+            bound not in shares.bounds
+            or shares.is_even is not is_even
+            or shares.is_alike is not (past.min_len in shares.bounds)
+        ):
+            shares = self.shares = self._share_out(bound, past.min_len, is_even)
         return bound is None or shares.kernel_kind == self.kernel_kind
 
     def again(
@@ -188,15 +193,16 @@ class Relaunch:
         stream = launch.current_stream()
         rows, after = past.next_lengths(stream)
         lse, shares = None, self.shares
+        bounds = (bound, past.min_len)[: len(self.bounds)]
         changed: list[Any]
         if self.compiled is None:
             changed = [
-                bound, shares.splits, shares.splits_per_program, shares.likely_split_size,
+                *bounds, *shares.arguments,
                 query, key, value, past.seq_lens, out, rows.tensor(after),
             ]  # fmt: skip
         else:
             changed = [
-                bound, shares.splits, shares.splits_per_program, shares.likely_split_size,
+                *bounds, *shares.arguments,
                 at_query, at_key, at_value, at_lens, out.data_ptr(), after,
             ]  # fmt: skip
         if self.lse_shape is not None:
@@ -206,16 +212,21 @@ class Relaunch:
         cache = past.repeated(rows, after, bound + self.q_len, past.min_len + self.q_len)
         return (out, cache) if lse is None else (out, cache, lse)
 
-    def _share_out(self, bound: int, is_even: bool) -> _Shares:
+    def _share_out(self, bound: int, shortest: int, is_even: bool) -> _Shares:
         """How many splits there are for rows of up to ``bound`` slots, and how many of them a program takes."""
         size = self.plan.kv_split_size
         last = tuning.ceil_div(bound, size) * size
         splits, gpu, rows = self.plan.grid_splits(bound), tuning.gpu(self.device), self.heads * self.row_tiles
-        per_program, is_crowded = self.plan.share_out(rows, bound, bound, is_even=is_even, gpu=gpu)
-        programs = tuning.ceil_div(splits, per_program) * self.heads
-        likely = self.plan.likely_split_size(bound, bound, is_even=is_even)
-        kind = per_program > 1, is_crowded, is_crowded and splits == 1
-        return _Shares(range(last - size + 1, last + 1), is_even, splits, per_program, likely, programs, kind)
+        shares = self.plan.share_out(rows, bound, bound, is_even=is_even, gpu=gpu)
+        kind = self.plan.kernel_kind(splits, shares)
+        row_programs = tuning.ceil_div(splits, shares.splits_per_program)
+        likely = self.plan.likely_split_size(bound, bound, is_even=is_even, shortest=shortest)
+        arguments = (splits, shares.splits_per_program, likely, row_programs)[: len(self.shared_out)]
+        bounds = range(last - size + 1, last + 1)
+        return _Shares(bounds, is_even, shortest in bounds, arguments, self._grid(row_programs)[0], kind)
+
+    def _grid(self, row_programs: int) -> tuple[int, int, int]:
+        return self.plan.grid(row_programs, self.num_kv_heads, self.batch, self.row_tiles)
 
     def _prepare(self, past: KVCache) -> launching.Launch:
         """Allocate the scratch of every later step, however many splits it has, and keep the launch that uses it.
@@ -223,12 +234,18 @@ class Relaunch:
         All steps on these buffers use the same: two launches at once would already race for slots of the cache.
         """
         names = self.kernel.arg_names
-        changing = [*CHANGING, "lse_ptr"] if self.lse_shape else CHANGING
+        changing = [*self.bounds, *self.shared_out, *POINTERS, *(["lse_ptr"] if self.lse_shape else [])]
         if self.splits_later:
             self.scratch = [*past.scratch(self.partial_shapes), past.arrival_counters(self.heads * self.row_tiles)]
             for name, tensor in zip(SCRATCH, self.scratch, strict=True):
                 self.arguments[names.index(name)] = tensor if self.compiled is None else tensor.data_ptr()
         self.launch = launching.repeated(
-            self.kernel, self.compiled, self.arguments, self.launch_options, changing, self.row_tiles, self.device.index
+            self.kernel,
+            self.compiled,
+            self.arguments,
+            self.launch_options,
+            changing,
+            self._grid(1)[1:],
+            self.device.index,
         )
         return self.launch

@@ -15,7 +15,10 @@ from typing import Literal, NamedTuple
 import torch
 import triton
 
-Path = Literal["split", "prefill", "prefill_sm90"]
+Path = Literal["split", "split_sm90", "prefill", "prefill_sm90"]
+
+SPLIT_PATHS = ("split", "split_sm90")
+"""Those that split the keys of a row."""
 
 SPLIT_ROWS = 32
 """Calls with at most this many (query, head) rows a kv head split the keys; longer ones have tiles enough."""
@@ -63,6 +66,33 @@ SM90_LONG_PROMPT = {64: 8192, 128: 4096}
 
 Of fewer, whose programs see fewer keys, several programs on a multiprocessor hide how each begins and ends.
 """
+
+SM90_SPLIT_BYTES = 64 * 1024
+"""KV_SPLIT_BYTES of the decode kernel for Hopper ..."""
+
+SM90_LONG_SPLIT, SM90_LONGEST_SPLIT = 4, 16
+"""... and LONG_SPLIT and LONGEST_SPLIT: at the same bytes."""
+
+SM90_LEAST_HEADS, SM90_HEADS = 8, 16
+"""Columns of the products in the decode kernel for Hopper, which has the head_dims of SM90_TILES: heads a kv head."""
+
+SM90_DECODE_KEYS = {64: 128, 128: 64}
+"""Keys of a tile in that kernel, by head_dim."""
+
+MOST_PROGRAMS = 65535
+"""In the second and third dimension of a grid."""
+
+SM90_STAGES = 3
+"""Places for tiles in a program of that kernel: two programs fit on a multiprocessor."""
+
+SM90_PROGRAM_GB_S = 49.0
+"""PROGRAM_GB_S of that kernel, of either head_dim, ..."""
+
+SM90_SPLITS_COST_US = 1.0
+"""... and SPLITS_COST_US."""
+
+SM90_MEMORY_GB_S = 3350.0
+"""The memory's nominal rate where the driver does not tell: an H100's."""
 
 MAX_SPLITS = 64
 """A row's splits grow rather than become more than this."""
@@ -182,7 +212,7 @@ class LaunchPlan:
         spills_with_one = (
             self.one_query and self.num_warps == 4 and (self.arch == 90 if several else self.block_d == 64)
         )
-        if self.path == "split" and not spills_with_one:
+        if self.path == "split_sm90" or (self.path == "split" and not spills_with_one):
             options["maxnreg"] = 255
         if crowded:
             options |= {"maxnreg": CROWDED_REGISTERS, "num_stages": CROWDED_STAGES}
@@ -190,15 +220,21 @@ class LaunchPlan:
 
     def grid_splits(self, cached: int) -> int:
         """Splits that a row with up to ``cached`` slots may have; never fewer for a longer row."""
-        if self.path != "split" or cached <= self.unsplit_size:
+        if self.path not in SPLIT_PATHS or cached <= self.unsplit_size:
             return 1
         size = self.kv_split_size
+        long, longest = self.long_splits
         wanted = max(
             min(ceil_div(cached, size), self.few_splits),
-            min(ceil_div(cached, LONG_SPLIT * size), 2 * self.few_splits),
-            ceil_div(cached, LONGEST_SPLIT * size),
+            min(ceil_div(cached, long * size), 2 * self.few_splits),
+            ceil_div(cached, longest * size),
         )
         return max(min(wanted, self.max_splits), 1)
+
+    @property
+    def long_splits(self) -> tuple[int, int]:
+        """How many times as long as the shortest splits are until there are twice few_splits, and then."""
+        return (SM90_LONG_SPLIT, SM90_LONGEST_SPLIT) if self.path == "split_sm90" else (LONG_SPLIT, LONGEST_SPLIT)
 
     def share_out(self, rows: int, longest: int, bound: int, *, is_even: bool, gpu: Gpu) -> Shares:
         """How the splits are shared out among programs. No bit depends on it: it may follow from the whole batch.
@@ -224,6 +260,8 @@ class LaunchPlan:
         if not self.one_query or (crowd and not is_even):
             return 1
         most = self.grid_splits(bound)
+        if self.path == "split_sm90":
+            return self._splits_per_program_sm90(rows, longest, most, is_even, gpu)
         enough = gpu.multiprocessors * 2 // 3
         is_short = longest <= self.few_splits * self.kv_split_size
         if rows >= enough and (is_even or is_short) and self._waits_us(rows, longest, gpu) <= GROUPS_COST_US:
@@ -235,9 +273,22 @@ class LaunchPlan:
         cost = CROWDED_SPLITS_COST_US if crowd else SPLITS_COST_US
         return min(SPLIT_GROUP, most) if self._waits_us(rows * groups, longest / groups, gpu) <= cost else 1
 
+    def _splits_per_program_sm90(self, rows: int, longest: int, most: int, is_even: bool, gpu: Gpu) -> int:
+        """As ``_splits_per_program``: merging through memory costs as much, and programs read faster."""
+        gpu = gpu._replace(memory_gb_s=gpu.memory_gb_s or SM90_MEMORY_GB_S)
+        if is_even and self._waits_us(rows, longest, gpu) <= GROUPS_COST_US:
+            return most
+        groups = ceil_div(self.grid_splits(longest), SPLIT_GROUP)
+        if not is_even and rows * groups < UNEVEN_PROGRAMS * gpu.multiprocessors:
+            return 1
+        waits = self._waits_us(rows * groups, longest / groups, gpu)
+        return min(SPLIT_GROUP, most) if waits <= SM90_SPLITS_COST_US else 1
+
     def _is_crowd(self, rows: int, longest: int, bound: int, is_even: bool, gpu: Gpu) -> bool:
         """Whether programs of one split are more than fit on the GPU with as many registers as they like."""
-        if not (self.one_query and self.block_d >= 64 and self.num_warps == 4 and has_crowded_decode(self.arch)):
+        if self.path != "split" or not self.one_query or self.block_d < 64 or self.num_warps != 4:
+            return False
+        if not has_crowded_decode(self.arch):
             return False
         if self.grid_splits(bound) == 1:
             return rows > gpu.multiprocessors or _forced.crowded
@@ -250,26 +301,45 @@ class LaunchPlan:
         """What programs of so many slots take longer than the memory needs, each alone on a multiprocessor."""
         if programs > gpu.multiprocessors or not gpu.memory_gb_s:
             return 0.0
-        alone = PROGRAM_GB_S[0 if self.block_d <= 64 else 1]
+        alone = PROGRAM_GB_S[0 if self.block_d <= 64 else 1] if self.path == "split" else SM90_PROGRAM_GB_S
         num_bytes = slots * self.slot_bytes
         return num_bytes * (1 / alone - programs / (MEMORY_SHARE * gpu.memory_gb_s)) / 1e3
 
-    def likely_split_size(self, longest: int | None, bound: int, *, is_even: bool) -> int:
+    def grid(self, row_programs: int, num_kv_heads: int, batch: int, row_tiles: int) -> tuple[int, int, int]:
+        """Programs of a launch that splits keys: so many for each row, in the first dimension."""
+        if self.path == "split_sm90" and max(num_kv_heads, batch) <= MOST_PROGRAMS:
+            return row_programs, num_kv_heads, batch
+        return row_programs * num_kv_heads * batch, row_tiles, 1
+
+    def kernel_kind(self, grid_splits: int, shares: Shares) -> tuple[bool, bool, bool]:
+        """Which of a path's kernels runs: whether programs take several splits, are crowded, and have unsplit rows."""
+        if self.path == "split_sm90":
+            return False, False, False
+        return shares.splits_per_program > 1, shares.is_crowded, shares.is_crowded and grid_splits == 1
+
+    def likely_split_size(self, longest: int | None, bound: int, *, is_even: bool, shortest: int = 0) -> int:
         """Slots of each split of most rows, or 0 if the host cannot tell: for prefetches, on which no result depends.
 
         Args:
             longest, bound, is_even: as in ``share_out``; longest may be unknown.
+            shortest: cached slots that every row has.
         """
         if longest is None or not is_even or self.grid_splits(longest) != self.grid_splits(bound):
             return 0
+        if self.path == "split_sm90" and not self.are_alike(shortest, longest):
+            return 0
         return self.split_size(longest) or 0
+
+    def are_alike(self, shortest: int, longest: int) -> bool:
+        """Whether rows between these lengths have splits of one size: the kernel for Hopper has to undo its guesses."""
+        return ceil_div(shortest, self.kv_split_size) == ceil_div(longest, self.kv_split_size)
 
     def split_size(self, cached: int) -> int | None:
         """Slots a split of a row with ``cached`` slots takes, or None where there are no splits.
 
         The same arithmetic as ``row_splits`` in the kernel.
         """
-        if self.path != "split":
+        if self.path not in SPLIT_PATHS:
             return None
         return max(ceil_div(ceil_div(cached, self.grid_splits(cached)), self.block_n), 1) * self.block_n
 
@@ -375,8 +445,8 @@ def has_crowded_decode(arch: int) -> bool:
 
 
 @functools.cache
-def has_sm90_prefill(arch: int) -> bool:
-    """Whether prompts can have the kernel for Hopper: it is written in Gluon, which changes with each Triton."""
+def has_sm90_kernels(arch: int) -> bool:
+    """Whether calls can have the kernels for Hopper: they are written in Gluon, which changes with each Triton."""
     return arch == 90 and triton.__version__.startswith("3.6.")
 
 
@@ -407,32 +477,39 @@ def plan(
     is_float32 = dtype == torch.float32
     # The split kernel holds all new tokens in one tile.
     split_rows = _split_rows(is_float32, block_d)
-    may_split = q_len <= split_rows and _forced.path in (None, "split")
+    may_split = q_len <= split_rows and _forced.path in (None, *SPLIT_PATHS)
     path: Path = "split" if may_split and (rows <= split_rows or _forced.path == "split") else "prefill"
-    if path == "prefill" and not is_float32 and head_dim in SM90_TILES and has_sm90_prefill(arch):
+    on_hopper = not is_float32 and head_dim in SM90_TILES and has_sm90_kernels(arch)
+    has_tiles = bool(block_m or block_n or _forced.block_m or _forced.block_n)
+    is_decode = path == "split" and q_len == 1 and rows <= SM90_HEADS
+    if on_hopper and is_decode and (_forced.path == "split_sm90" or not (_forced.path or has_tiles)):
+        path = "split_sm90"
+        block_m, block_n = max(SM90_LEAST_HEADS, next_power_of_2(rows)), SM90_DECODE_KEYS[head_dim]
+    if path == "prefill" and on_hopper:
         is_forced = _forced.path == "prefill_sm90"
-        if is_forced or not (block_m or block_n or _forced.path or _forced.block_m or _forced.block_n):
+        if is_forced or not (_forced.path or has_tiles):
             path = "prefill_sm90"
             block_m = (_forced.block_m if is_forced else None) or (128 if q_len >= SM90_LONG_PROMPT[head_dim] else 64)
             block_n = SM90_TILES[head_dim][block_m].block_n
     block_m = block_m or _forced.block_m or _default_block_m(rows, is_float32, block_d, arch)
     block_n = block_n or _forced.block_n or _default_block_n(path, q_len == 1 and block_m == 16, is_float32, block_d)
-    one_query = path == "split" and q_len == 1
-    fits = (KV_SPLIT_BYTES if one_query else CHUNK_SPLIT_BYTES) // (2 * block_d * (4 if is_float32 else 2))
+    one_query = path in SPLIT_PATHS and q_len == 1
+    of_decode = SM90_SPLIT_BYTES if path == "split_sm90" else KV_SPLIT_BYTES
+    fits = (of_decode if one_query else CHUNK_SPLIT_BYTES) // (2 * block_d * (4 if is_float32 else 2))
     kv_split_size = ceil_div(_forced.kv_split_size or fits, block_n) * block_n
     max_splits = _forced.max_splits or (MAX_SPLITS if _forced.kv_split_size is None else 1 << 30)
-    of_decode = FEW_SPLITS if one_query and _forced.kv_split_size is None else max_splits
+    few_splits = FEW_SPLITS if one_query and _forced.kv_split_size is None else max_splits
     return LaunchPlan(
         path=path,
         block_m=block_m,
         merge_m=min(block_m, max(LEAST_MERGED_ROWS, next_power_of_2(rows))) if one_query else block_m,
         block_n=block_n,
-        block_new=max(16, next_power_of_2(max(q_len, 1))) if path == "split" else block_n,
+        block_new=max(16, next_power_of_2(max(q_len, 1))) if path in SPLIT_PATHS else block_n,
         block_d=block_d,
         one_query=one_query,
         unsplit_size=kv_split_size if _forced.kv_split_size or not one_query else 2 * kv_split_size,
         kv_split_size=kv_split_size,
-        few_splits=min(_forced.few_splits or of_decode, max_splits),
+        few_splits=min(_forced.few_splits or few_splits, max_splits),
         max_splits=max_splits,
         num_warps=_num_warps(path, block_m, is_float32, block_d, arch),
         num_stages=_num_stages(path, block_m, is_float32, block_d, arch),
@@ -462,8 +539,8 @@ def _default_block_m(rows: int, is_float32: bool, block_d: int, arch: int) -> in
 
 
 def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
-    if path == "prefill_sm90":
-        return 4  # of a consumer
+    if path in ("split_sm90", "prefill_sm90"):
+        return 4  # in prompts, of a consumer
     if is_float32:
         return 4 if block_d <= 32 or (path == "prefill" and block_d == 128) else 8
     # Hopper's matrix instruction takes 64 rows for four warps.
@@ -474,6 +551,8 @@ def _num_warps(path: Path, block_m: int, is_float32: bool, block_d: int, arch: i
 def _num_stages(path: Path, block_m: int, is_float32: bool, block_d: int, arch: int) -> int:
     if path == "prefill_sm90":
         return SM90_TILES[block_d][block_m].num_stages
+    if path == "split_sm90":
+        return SM90_STAGES
     if is_float32:
         return 3 if path == "prefill" and block_d == 128 else 2
     return 3 if path == "split" or (arch == 90 and block_d <= 128) else 2

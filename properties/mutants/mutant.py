@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRIMITIVES = "flashcore/fast/kernels/primitives.py"
 PREFILL = "flashcore/fast/kernels/prefill.py"
 PREFILL_SM90 = "flashcore/fast/kernels/prefill_sm90.py"
+SPLIT_SM90 = "flashcore/fast/kernels/split_kv_sm90.py"
 SPLIT_KV = "flashcore/fast/kernels/split_kv.py"
 APPEND = "flashcore/fast/kernels/append.py"
 WRAPPER = "flashcore/fast/attention_production.py"

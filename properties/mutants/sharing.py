@@ -22,9 +22,9 @@ _WIDE_OWN_GROUP = """\
                 group_acc, group_m, group_l = no_keys(BLOCK_M, BLOCK_D)
 """
 _WIDE_MERGED_GROUP = "            if ARE_GROUPS:\n                acc,"
-_SEVERAL = '"SEVERAL": splits_per_program > 1'
-_TAKE = "return min(SPLIT_GROUP, most) if"
-_SECOND_TIER = "tl.cdiv(shortest, LONG_SPLIT), 2 * few_splits"
+_SEVERAL = '"SEVERAL": several'
+_TAKE = "return min(SPLIT_GROUP, most) if self"
+_SECOND_TIER = "tl.cdiv(shortest, LONG), 2 * few_splits"
 
 
 def _sharing(
@@ -211,16 +211,16 @@ MUTANTS = (
         "the grid has a program for each split, whatever a program takes",
         "programs with several splits",
         WRAPPER,
-        "programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch",
-        "programs = grid_splits * num_kv_heads * batch",
+        "row_programs = tuning.ceil_div(grid_splits, splits_per_program)",
+        "row_programs = grid_splits",
     ),
     _sharing(
         "F418",
         "the grid has only the programs that are full",
         "a number of splits that programs do not divide evenly",
         WRAPPER,
-        "programs = tuning.ceil_div(grid_splits, splits_per_program) * num_kv_heads * batch",
-        "programs = max(1, grid_splits // splits_per_program) * num_kv_heads * batch",
+        "row_programs = tuning.ceil_div(grid_splits, splits_per_program)",
+        "row_programs = max(1, grid_splits // splits_per_program)",
     ),
     _sharing(
         "F419",
@@ -268,7 +268,7 @@ MUTANTS = (
         "programs with a group of splits",
         TUNING,
         _TAKE,
-        "return min(SPLIT_GROUP - 1, most) if",
+        "return min(SPLIT_GROUP - 1, most) if self",
         BITS,
     ),
     _sharing(
@@ -277,7 +277,7 @@ MUTANTS = (
         "rows of nine splits or more in which one program does not have all",
         TUNING,
         _TAKE,
-        "return min(2 * SPLIT_GROUP, most) if",
+        "return min(2 * SPLIT_GROUP, most) if self",
     ),
     _sharing(
         "F426",
@@ -302,8 +302,8 @@ MUTANTS = (
         "the host does not know that splits become more again when they are long enough",
         "rows of more than eight of the longer splits",
         TUNING,
-        "min(ceil_div(cached, LONG_SPLIT * size), 2 * self.few_splits)",
-        "min(ceil_div(cached, LONG_SPLIT * size), self.few_splits)",
+        "min(ceil_div(cached, long * size), 2 * self.few_splits)",
+        "min(ceil_div(cached, long * size), self.few_splits)",
         LONG,
     ),
     _sharing(
@@ -320,8 +320,8 @@ MUTANTS = (
         "the grid of a repeated launch has a program for each split, whatever a program takes",
         "repeated steps, programs with several splits",
         RELAUNCH,
-        "programs = tuning.ceil_div(splits, per_program) * self.heads",
-        "programs = splits * self.heads",
+        "row_programs = tuning.ceil_div(splits, shares.splits_per_program)",
+        "row_programs = splits",
         STREAM,
     ),
     _sharing(
@@ -356,8 +356,8 @@ MUTANTS = (
         "a repeated launch keeps the splits of the first",
         "repeated steps across a split's edge",
         RELAUNCH,
-        "(bound not in shares.bounds or",
-        "(not shares.bounds or",
+        "            bound not in shares.bounds\n",
+        "            not shares.bounds\n",
         STREAM,
     ),
     _sharing(
@@ -365,8 +365,8 @@ MUTANTS = (
         "rows that are split have the kernel for rows that are not",
         "many rows of several splits, 16 bits, head_dim from 33 on",
         WRAPPER,
-        '"UNSPLIT": crowded and grid_splits == 1',
-        '"UNSPLIT": crowded',
+        '"UNSPLIT": unsplit',
+        '"UNSPLIT": shares.is_crowded',
         ("every_kernel",),
     ),
     _sharing(
@@ -374,8 +374,8 @@ MUTANTS = (
         "a repeated launch keeps the kernel for rows that are not split when they begin to be",
         "repeated steps across a row's first edge, many rows, 16 bits, head_dim from 33 on",
         RELAUNCH,
-        "is_crowded and splits == 1",
-        "is_crowded",
+        "kind = self.plan.kernel_kind(splits, shares)",
+        "kind = self.plan.kernel_kind(1, shares)",
         ("every_kernel",),
     ),
     _sharing(

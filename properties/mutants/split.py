@@ -228,8 +228,8 @@ MUTANTS = (
             ),
             Edit(
                 PRIMITIVES,
-                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, LONGEST_SPLIT)), max_splits)",
-                "wanted = tl.maximum(wanted, tl.cdiv(shortest, LONGEST_SPLIT))",
+                "wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, LONGEST)), max_splits)",
+                "wanted = tl.maximum(wanted, tl.cdiv(shortest, LONGEST))",
             ),
         ),
         ("every_kernel_decodes_alike",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from unittest.mock import patch
@@ -51,6 +52,15 @@ def on_hopper(block_m: int, case: Case) -> AbstractContextManager[None]:
     return tuning.forced(path="prefill_sm90", block_m=block_m)
 
 
+def on_hopper_split(
+    case: Case, max_splits: int | None = None, few_splits: int | None = None
+) -> AbstractContextManager[None]:
+    """Force the decode kernel for Hopper on what it takes; the rest has the kernel that it has anyway."""
+    return tuning.forced(
+        path="split_sm90", kv_split_size=case.kv_split_size or 64, max_splits=max_splits, few_splits=few_splits
+    )
+
+
 def unsplit(_: Case) -> AbstractContextManager[None]:
     """Force one split a row, of whatever length."""
     return tuning.forced(max_splits=1)
@@ -77,11 +87,16 @@ def tiles(case: Case, q_len: int, cached: int, new: int) -> Tiles:
         # The last keys, as many as there are queries, are treated like new tokens.
         new = min(q_len, cached)
         cached -= new
-    if plan.path != "split" or new == 0:
+    if plan.path not in tuning.SPLIT_PATHS or new == 0:
         return tiling(cached, new, plan.block_n)
     # The split path folds all new tokens in one tile: a single one before the first split's cached tokens, several
     # after the last split's.
     splits = tiling(cached, 0, plan.block_n, plan.split_size(cached))
+    if plan.path == "split_sm90":
+        # There the new token has its place in the last tile of the last split, or a tile of its own where that is full.
+        start = splits[-1][0][0] if cached else 0
+        last = tiling(cached + new - start, 0, plan.block_n)[0]
+        return (*splits[:-1], tuple((start + a, start + b) for a, b in last))
     if plan.one_query:
         return (((cached, cached + new), *splits[0]), *splits[1:])
     return (*splits[:-1], (*splits[-1], (cached, cached + new)))
@@ -101,8 +116,11 @@ def model(device: str) -> ArithmeticModel:
 
 def subject() -> Subject:
     """The shipped kernels."""
-    hopper = {
-        f"prefill_sm90 {rows}": partial(on_hopper, rows) for tiles in tuning.SM90_TILES.values() for rows in tiles
+    hopper: dict[str, Callable[[Case], AbstractContextManager[None]]] = {
+        **{f"prefill_sm90 {rows}": partial(on_hopper, rows) for tiles in tuning.SM90_TILES.values() for rows in tiles},
+        "split_sm90": on_hopper_split,
+        "split_sm90, few splits": partial(on_hopper_split, max_splits=3),
+        "split_sm90, longer splits": partial(on_hopper_split, few_splits=1),
     }
     return Subject(
         spec=DEFAULT,
@@ -122,7 +140,7 @@ def subject() -> Subject:
             "few splits": in_few_splits,
             "longer splits": in_longer_splits,
             "crowded": crowded,
-            **(hopper if torch.cuda.is_available() and tuning.has_sm90_prefill(_architecture("cuda")) else {}),
+            **(hopper if torch.cuda.is_available() and tuning.has_sm90_kernels(_architecture("cuda")) else {}),
         },
         unsplit=unsplit,
     )

@@ -20,7 +20,6 @@ LONG_SEQ_LENS = tl.constexpr(16)
 LONG_NEW_LENS = tl.constexpr(32)
 
 SPLIT_GROUP = tl.constexpr(tuning.SPLIT_GROUP)
-LONG_SPLIT, LONGEST_SPLIT = tl.constexpr(tuning.LONG_SPLIT), tl.constexpr(tuning.LONGEST_SPLIT)
 
 LENGTHS = ("seq_lens_ptr", "new_lens_ptr")
 """Read word by word: where in memory they begin is nothing to compile a kernel for."""
@@ -472,18 +471,21 @@ def tile_rows(
 
 
 @triton.jit
-def row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOCK_N: tl.constexpr):
+def row_splits(
+    cached, unsplit_size, kv_split_size, few_splits, max_splits,
+    LONG: tl.constexpr, LONGEST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Number of splits of a row with ``cached`` slots, and the slots of each but the last, in whole tiles.
 
     ``LaunchPlan.grid_splits`` and ``split_size`` are the same arithmetic on the host. One split up to
     ``unsplit_size`` slots; then splits of ``kv_split_size`` until
-    there are ``few_splits``, of LONG_SPLIT times that until there are twice as many, then of LONGEST_SPLIT times that;
+    there are ``few_splits``, of LONG times that until there are twice as many, then of LONGEST times that;
     longer ones rather than more than ``max_splits``.
     """
     shortest = tl.cdiv(cached, kv_split_size)  # rounding up once and again is rounding up, and shifts are no divisions
     wanted = tl.minimum(shortest, few_splits)
-    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(shortest, LONG_SPLIT), 2 * few_splits))
-    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, LONGEST_SPLIT)), max_splits)
+    wanted = tl.maximum(wanted, tl.minimum(tl.cdiv(shortest, LONG), 2 * few_splits))
+    wanted = tl.minimum(tl.maximum(wanted, tl.cdiv(shortest, LONGEST)), max_splits)
     wanted = tl.where(cached <= unsplit_size, 1, wanted)
     size = tl.maximum(tl.cdiv(tl.cdiv(cached, tl.maximum(wanted, 1)), BLOCK_N), 1) * BLOCK_N
     return tl.maximum(tl.cdiv(cached, size), 1), size

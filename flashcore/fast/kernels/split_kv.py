@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from flashcore.fast import tuning
 from flashcore.fast.kernels.primitives import (
     APPEND,
     HAS_NEW_LENS,
@@ -26,6 +27,8 @@ from flashcore.fast.kernels.primitives import (
     take_one_key,
     tile_rows,
 )
+
+LONG_SPLIT, LONGEST_SPLIT = tl.constexpr(tuning.LONG_SPLIT), tl.constexpr(tuning.LONGEST_SPLIT)
 
 # Sizes, strides and flags are run-time values that do not enter the cache key of compiled kernels; only
 # the constexprs do. So drawing or meeting a new shape compiles nothing.
@@ -108,7 +111,9 @@ def split_kv_attention(
     cached, new_keys, num_queries, lengths_ok = row_lengths(
         b, seq_lens_ptr, new_lens_ptr, stride_seq, stride_new, max_cached, q_len, num_new_keys, flags
     )
-    num_splits, split_size = row_splits(cached, unsplit_size, kv_split_size, few_splits, max_splits, BLOCK_N)
+    num_splits, split_size = row_splits(
+        cached, unsplit_size, kv_split_size, few_splits, max_splits, LONG_SPLIT, LONGEST_SPLIT, BLOCK_N
+    )
     if UNSPLIT:
         num_splits = 1
     if first_split >= num_splits:
