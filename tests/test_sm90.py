@@ -149,3 +149,13 @@ def test_the_place_of_a_split_is_guessed_only_where_all_rows_have_the_same() -> 
     assert chosen.likely_split_size(1000, 1000, is_even=True, shortest=1000) == chosen.split_size(1000)
     assert chosen.likely_split_size(1000, 1000, is_even=True, shortest=897) == chosen.split_size(897)
     assert chosen.likely_split_size(1000, 1000, is_even=True, shortest=896) == 0
+    assert chosen.likely_split_size(1000, 16000, is_even=True, shortest=1000) == 0
+    assert chosen.likely_split_size(1000, 1000, is_even=False, shortest=1000) == -1
+
+
+@pytest.mark.parametrize(("forced", "splits"), [(1, 1), (4, 4), (1 << 20, 8)])
+def test_how_many_splits_a_program_takes_can_be_forced(forced: int, splits: int) -> None:
+    with tuning.forced(splits_per_program=forced):
+        chosen = decode()
+        assert chosen.share_out(512, 4096, 4096, is_even=True, gpu=tuning.Gpu(132, 4800.0)) == (splits, False)
+        assert chosen.share_out(512, 64, 64, is_even=True, gpu=tuning.Gpu(132, 4800.0)) == (1, False)

@@ -563,7 +563,7 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
         problem.longest, problem.max_cached, is_even=problem.is_even, shortest=problem.shortest
     )
     if problem.is_recorded and plan.path == "split_sm90":
-        likely_split_size = 0  # a graph is replayed for longer rows
+        likely_split_size = min(likely_split_size, 0)  # a graph is replayed for longer rows
     scratch: tuple[Tensor, ...] = (unused_float, unused_float, unused_float)
     arrivals = unused_int
     if grid_splits > 1:

@@ -251,6 +251,8 @@ class LaunchPlan:
             is_even: whether all rows are about as long, as far as the host can tell.
             gpu: it runs on.
         """
+        if self.one_query and _forced.splits_per_program:
+            return Shares(min(_forced.splits_per_program, self.grid_splits(bound)), False)
         crowd = self._is_crowd(rows, longest, bound, is_even, gpu)
         splits = self._splits_per_program(rows, longest, bound, is_even, crowd, gpu)
         return Shares(splits, crowd and splits == 1)
@@ -320,11 +322,16 @@ class LaunchPlan:
     def likely_split_size(self, longest: int | None, bound: int, *, is_even: bool, shortest: int = 0) -> int:
         """Slots of each split of most rows, or 0 if the host cannot tell: for prefetches, on which no result depends.
 
+        For the kernel for Hopper, which asks for its length first where it may well have nothing to do, -1 says that
+        rows differ.
+
         Args:
             longest, bound, is_even: as in ``share_out``; longest may be unknown.
             shortest: cached slots that every row has.
         """
-        if longest is None or not is_even or self.grid_splits(longest) != self.grid_splits(bound):
+        if longest is None or not is_even:
+            return -1 if self.path == "split_sm90" and not is_even else 0
+        if self.grid_splits(longest) != self.grid_splits(bound):
             return 0
         if self.path == "split_sm90" and not self.are_alike(shortest, longest):
             return 0
@@ -358,6 +365,7 @@ class _Forced:
     max_splits: int | None = None
     few_splits: int | None = None
     crowded: bool = False
+    splits_per_program: int | None = None
 
 
 _forced = _Forced()
@@ -379,11 +387,13 @@ def forced(
     max_splits: int | None = None,
     few_splits: int | None = None,
     crowded: bool = False,
+    splits_per_program: int | None = None,
 ) -> Iterator[None]:
     """Force parts of the plan of every call made inside; for tests, which must reach every kernel and split count.
 
     A forced ``kv_split_size`` holds for rows of any length unless ``max_splits`` or ``few_splits`` is forced, too.
-    ``crowded``: few programs of one split are a crowd, see ``Shares``.
+    ``crowded``: few programs of one split are a crowd, see ``Shares``. ``splits_per_program``: of decode steps, 1,
+    SPLIT_GROUP, or more than any row has.
 
     Raises:
         ValueError: kv_split_size is not a positive multiple of 16, or max_splits not positive.
@@ -394,7 +404,7 @@ def forced(
     if max_splits is not None and max_splits < 1:
         raise ValueError(f"max_splits must be at least 1, got {max_splits}")
     before = _forced
-    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits, few_splits, crowded)
+    _forced = _Forced(path, block_m, block_n, kv_split_size, max_splits, few_splits, crowded, splits_per_program)
     _generation += 1
     try:
         yield

@@ -53,12 +53,13 @@ def on_hopper(block_m: int, case: Case) -> AbstractContextManager[None]:
 
 
 def on_hopper_split(
-    case: Case, max_splits: int | None = None, few_splits: int | None = None
+    case: Case, max_splits: int | None = None, few_splits: int | None = None, splits_per_program: int | None = None
 ) -> AbstractContextManager[None]:
     """Force the decode kernel for Hopper on what it takes; the rest has the kernel that it has anyway."""
     return tuning.forced(
-        path="split_sm90", kv_split_size=case.kv_split_size or 64, max_splits=max_splits, few_splits=few_splits
-    )
+        path="split_sm90", kv_split_size=case.kv_split_size or 64, max_splits=max_splits, few_splits=few_splits,
+        splits_per_program=splits_per_program,
+    )  # fmt: skip
 
 
 def unsplit(_: Case) -> AbstractContextManager[None]:
@@ -118,7 +119,9 @@ def subject() -> Subject:
     """The shipped kernels."""
     hopper: dict[str, Callable[[Case], AbstractContextManager[None]]] = {
         **{f"prefill_sm90 {rows}": partial(on_hopper, rows) for tiles in tuning.SM90_TILES.values() for rows in tiles},
-        "split_sm90": on_hopper_split,
+        "split_sm90": partial(on_hopper_split, splits_per_program=1),
+        "split_sm90, groups": partial(on_hopper_split, splits_per_program=tuning.SPLIT_GROUP),
+        "split_sm90, whole rows": partial(on_hopper_split, splits_per_program=1 << 20),
         "split_sm90, few splits": partial(on_hopper_split, max_splits=3),
         "split_sm90, longer splits": partial(on_hopper_split, few_splits=1),
     }

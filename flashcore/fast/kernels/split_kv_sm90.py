@@ -343,7 +343,7 @@ def split_kv_attention_sm90(
 
     The two descriptors say what pointers and strides of the cache say, for copies by hardware. ``shortest`` slots are
     in every row, as far as the host knows: whole tiles below are asked for before the length of the row has come, and
-    not used where it is another than was likely.
+    not used where it is another than was likely. ``likely_split_size`` is -1 where rows differ much.
 
     Scratch: as there. Grid: [row_programs, num_kv_heads, batch], or all in the first dimension, row_programs programs
     for each row; those past a row's own splits leave.
@@ -368,7 +368,7 @@ def split_kv_attention_sm90(
     seq_words = ask_for_length(seq_lens_ptr, b64 * stride_seq, is_long_seq)
     new_words = ask_for_length(new_lens_ptr, b64 * stride_new, is_long_new)
     split_rule = (unsplit_size, kv_split_size, few_splits, max_splits)
-    if (first_split > 0) & (likely_split_size == 0):
+    if (first_split > 0) & (likely_split_size < 0):
         # Rows that differ: many programs have nothing to do, and leave before they ask for more.
         early_cached, _ = checked_length(seq_words, flags & HAS_SEQ_LENS, is_long_seq, max_cached)
         early_splits, _ = splits_of(early_cached, split_rule, BLOCK_N)
@@ -383,6 +383,8 @@ def split_kv_attention_sm90(
     ring = (k_s, v_s, full, k_cache_desc, v_cache_desc)
     # Before the length has come, whole tiles are asked for that are known to be the first, or likely.
     likely_start = first_split * likely_split_size
+    if first_split == 0:
+        likely_start, likely_split_size = 0, kv_split_size
     likely_stop = gl.minimum(likely_start + splits_per_program * likely_split_size, shortest)
     likely_tiles = gl.minimum(gl.maximum(likely_stop - likely_start, 0) // BLOCK_N, STAGES - 1)
     for early in range(likely_tiles):
