@@ -172,17 +172,20 @@ def test_a_tensor_map_is_encoded_from_the_innermost_dimension_on() -> None:
     assert driver.modes == (bfloat16, 4, cache.data_ptr(), 0, swizzle_128, promotion_128, 0)
     assert driver.aligned
     assert ctypes.string_at(tensor_map.address, 128) == bytes([7] * 128)
-    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: error 1"):
+    with pytest.raises(launching.RefusedError, match="cuTensorMapEncodeTiled: error 1"):
         launching.TensorMap(Mapping(status=1), descriptor, META)
 
 
-def test_a_kernel_gets_the_map_of_a_tensor_then_its_shape_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_kernel_gets_the_map_of_a_tensor_then_its_shape_and_strides(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     _, descriptor = described()
     names, types = ("out_ptr", "cache_desc", "bound"), ("*fp16", DESCRIBED, "i32")
     compiled = Triton((".u64 .ptr .global .align 1", *MAP, ".u32", ".u64", ".u64"), tensordesc_meta=[META])
     compiled.src = SimpleNamespace(signature=dict(zip(names, types, strict=True)))
     driver: Any = Driver()
-    driver.cuTensorMapEncodeTiled = Mapping().cuTensorMapEncodeTiled
+    driver.cuTensorMapEncodeTiled = Mapping(status).cuTensorMapEncodeTiled
     monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_stream=lambda _: STREAM))
     monkeypatch.setattr(launching, "_driver", lambda: driver)
     found: list[bytes] = []
@@ -199,6 +202,9 @@ def test_a_kernel_gets_the_map_of_a_tensor_then_its_shape_and_strides(monkeypatc
     kernel, arguments = SimpleNamespace(arg_names=names), (1, descriptor, 5)
     launching.repeated(kernel, compiled, arguments, {}, ["bound", "out_ptr"], (8, 2), 0).again(1, STREAM, [9, 1 << 42])
 
+    if status:  # then Triton encodes it, or says why not
+        assert (found, len(compiled.calls)) == ([], 1)
+        return
     numbers = [int.from_bytes(value, "little") for value in found if len(value) < 128]
     assert found[1] == bytes([7] * 128)
     assert numbers == [1 << 42, *descriptor.shape, *descriptor.strides, 9, 0, 0]

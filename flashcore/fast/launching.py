@@ -65,7 +65,10 @@ def repeated(
     driver = _driver()
     if driver is None or not _takes(compiled, types):
         return through_triton
-    return ThroughDriver(driver, types, through_triton)
+    try:
+        return ThroughDriver(driver, types, through_triton)
+    except RefusedError:
+        return through_triton
 
 
 class Interpreted:
@@ -135,6 +138,10 @@ class _LaunchConfig(ctypes.Structure):
     ]  # fmt: skip
 
 
+class RefusedError(RuntimeError):
+    """What the driver refused."""
+
+
 class TensorMap:
     """What the tensor memory accelerator is told of a tensor, encoded by the driver: 128 bytes at ``address``."""
 
@@ -146,7 +153,7 @@ class TensorMap:
         """``descriptor``: Gluon's; ``metadata``: what the compiler says of its parameter.
 
         Raises:
-            RuntimeError: the driver refuses.
+            RefusedError: by the driver.
         """
         base, rank = descriptor.base, len(descriptor.shape)
         self.memory = ctypes.create_string_buffer(self.BYTES + self.ALIGNMENT)
@@ -162,7 +169,7 @@ class TensorMap:
             strides, box, steps, interleave, metadata["swizzle"], promotion_to_128_bytes, fill_with_zeros,
         )  # fmt: skip
         if refused:
-            raise RuntimeError(f"cuTensorMapEncodeTiled: error {refused}")
+            raise RefusedError(f"cuTensorMapEncodeTiled: error {refused}")
 
 
 def _is_descriptor(type_: str) -> bool:

@@ -12,11 +12,12 @@ here the last tile of a row needs one and all others the other.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 from triton.language import debug_barrier
 
 from flashcore.fast import tuning
 from flashcore.fast.kernels import primitives
+from flashcore.fast.kernels.prefill_sm90 import copy_box, copy_elements, known_multiple_of_8, report_fault
 from flashcore.fast.kernels.primitives import (
     APPEND,
     HAS_NEW_LENS,
@@ -30,14 +31,6 @@ from flashcore.fast.kernels.primitives import (
 from flashcore.fast.kernels.split_kv import RUN_TIME_ARGUMENTS
 
 row_splits = gluon.jit(primitives.row_splits.fn)
-report_fault = gluon.jit(primitives.report_fault.fn)
-known_multiple_of_8 = gluon.jit(primitives.known_multiple_of_8.fn)
-
-# Triton 3.9, with which CI compiles this, has other names than 3.6.
-copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-copy_elements = (
-    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-)  # fmt: skip
 
 NUM_WARPS = gl.constexpr(4)
 
