@@ -65,15 +65,15 @@ class Triton:
 
 
 def repeated(monkeypatch: pytest.MonkeyPatch, compiled: Triton, driver: Driver | None) -> launching.Launch:
-    """The launch of a grid [., 2, 1], with "bound" and "out_ptr" changing."""
+    """The launch of a grid [., 2, 5], with "bound" and "out_ptr" changing."""
     active = SimpleNamespace(get_current_stream=lambda device: STREAM + device)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     monkeypatch.setattr(launching, "_driver", lambda: driver)
     kernel = SimpleNamespace(arg_names=NAMES)
-    return launching.repeated(kernel, compiled, ARGUMENTS, {}, ["bound", "out_ptr"], (2, 1), 3)
+    return launching.repeated(kernel, compiled, ARGUMENTS, {}, ["bound", "out_ptr"], (2, 5), 3)
 
 
-THROUGH_TRITON = (6, 2, 1, STREAM + 3, FUNCTION, (4, 1, 4096), None, None, None, 1 << 41, 0.125, 8, *ARGUMENTS[3:])
+THROUGH_TRITON = (6, 2, 5, STREAM + 3, FUNCTION, (4, 1, 4096), None, None, None, 1 << 41, 0.125, 8, *ARGUMENTS[3:])
 
 
 def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_the_driver_gets_every_argument_where_the_kernel_takes_it(monkeypatch: p
     launch.again(5, launch.current_stream(), [9, 1 << 42])
     launch.again(6, launch.current_stream(), [8, 1 << 41])
 
-    assert driver.config == (6, 2, 1, 128, 1, 1, 4096, STREAM + 3, 0, 0)
+    assert driver.config == (6, 2, 5, 128, 1, 1, 4096, STREAM + 3, 0, 0)
     assert driver.parameters == [1 << 41, 0.125, 8, -(1 << 40), -3, 0, 0]
     assert (driver.launches, compiled.calls) == (2, [])
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from flashcore.fast import tuning
+import flashcore
+from flashcore.fast import relaunch, tuning
+from tests.tensors import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +162,19 @@ def test_how_many_splits_a_program_takes_can_be_forced(forced: int, splits: int)
         chosen = decode()
         assert chosen.share_out(512, 4096, 4096, is_even=True, gpu=tuning.Gpu(132, 4800.0)) == (splits, False)
         assert chosen.share_out(512, 64, 64, is_even=True, gpu=tuning.Gpu(132, 4800.0)) == (1, False)
+
+
+def test_a_repeated_launch_guesses_anew_when_the_shortest_row_has_other_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "gpu", lambda _: tuning.Gpu(132, 4800.0))
+    again = relaunch.Relaunch(
+        SimpleNamespace(arg_names=list(relaunch.SHARED_OUT)), None, [], {}, decode(),
+        flashcore.KVCache.allocate(2, 4, 2000, 128, torch.float16, DEVICE), torch.empty(2, 4, 1, 128), 2000, False,
+        (False, False, False),
+    )  # fmt: skip
+
+    def likely(longest: int, shortest: int) -> int:
+        past: Any = SimpleNamespace(max_len=longest, min_len=shortest, is_even=True)
+        assert again.is_for(past)
+        return again.shares.arguments[relaunch.SHARED_OUT.index("likely_split_size")]
+
+    assert [likely(1000, 1000), likely(1000, 800), likely(1001, 990), likely(1500, 1500)] == [128, 0, 128, 192]
