@@ -586,8 +586,9 @@ def _launch_attention(problem: _Problem, plan: tuning.LaunchPlan, out: Tensor, l
     kernel: Any = split_kv_attention
     if plan.path == "split_sm90":
         from flashcore.fast import sm90
+        from flashcore.fast.kernels.split_kv_sm90 import split_kv_attention_sm90
 
-        kernel = sm90.split_kernel()
+        kernel = split_kv_attention_sm90
         arguments += [sm90.describe(t, query, plan) for t in (problem.k_cache, problem.v_cache)]
         constants = sm90.split_constants(plan)
     else:

@@ -191,14 +191,14 @@ class ThroughDriver:
             i: TensorMap(driver, values[i], next(maps)) for i in sorted(order) if _is_descriptor(types[i])
         }
         cells: list[int] = []
-        addresses: dict[int, list[int]] = {}  # of each argument's parameters: in a tensor map, or numbers of cells
+        cells_of: dict[int, range] = {}  # each argument's
         for i in order:
             own = [values[i]]
             if i in self.tensor_maps:
                 own = [*values[i].shape, *values[i].strides]
             elif types[i] == "fp32":
                 own = [struct.unpack("i", struct.pack("f", values[i]))[0]]
-            addresses[i] = list(range(len(cells), len(cells) + len(own)))
+            cells_of[i] = range(len(cells), len(cells) + len(own))
             cells += own
         self.cells = (ctypes.c_uint64 * (len(cells) + SCRATCH))(*cells)
         at, size = ctypes.addressof(self.cells), ctypes.sizeof(ctypes.c_uint64)
@@ -206,7 +206,7 @@ class ThroughDriver:
         for i in sorted(order):
             if i in self.tensor_maps:
                 places.append(self.tensor_maps[i].address)
-            places += [at + size * cell for cell in addresses[i]]
+            places += [at + size * cell for cell in cells_of[i]]
         places += [at + size * cell for cell in range(len(cells), len(cells) + SCRATCH)]
         self.parameters = (ctypes.c_void_p * len(places))(*places)
         self.num_changing = len(through_triton.positions)

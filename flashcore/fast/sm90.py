@@ -14,7 +14,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashcore.fast import tuning
 from flashcore.fast.kernels.prefill_sm90 import ROWS, prefill_attention_sm90
-from flashcore.fast.kernels.split_kv_sm90 import split_kv_attention_sm90
 
 REGISTERS = 240
 """Of a thread of the second consumer."""
@@ -53,11 +52,6 @@ def describe(tensor: Tensor, query: Tensor, plan: tuning.LaunchPlan) -> TensorDe
     # A dimension of one element may have any stride, but the engine wants whole 16 bytes.
     strides = [s if size > 1 else plan.block_d for s, size in zip(tensor.stride(), tensor.shape, strict=True)]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block, layout(tensor.dtype, plan))
-
-
-def split_kernel() -> Any:
-    """The kernel of decode steps."""
-    return split_kv_attention_sm90
 
 
 def split_constants(plan: tuning.LaunchPlan) -> dict[str, int]:

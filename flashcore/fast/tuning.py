@@ -166,13 +166,13 @@ class LaunchPlan:
         block_n: tile of keys.
         block_new: tile of new tokens on the split path, which holds all of them; block_n on the other.
         block_d: columns of a tile, head_dim and padding.
-        one_query: whether q_len is 1 (split path): the one new token is taken without a product of tiles.
+        one_query: whether q_len is 1 (split paths): portably, the new token is taken without a product of tiles.
         unsplit_size: slots of the longest row that is not split.
         kv_split_size: slots of a split until there are few_splits of them; a multiple of block_n.
         few_splits: from here on splits become longer before there are more.
         max_splits: a row's splits grow rather than become more than this.
         num_warps: of a program.
-        num_stages: of the software pipeline.
+        num_stages: of the software pipeline, or places for tiles in a ring.
         arch: compute capability of the GPU times 10.
         slot_bytes: of keys and values of one slot, as the kernel reads them.
     """

@@ -1,9 +1,9 @@
 """A decode step on Hopper: what ``split_kv_attention`` does for one query, with tiles copied by hardware.
 
 The tiles of a program's keys and values pass through a ring in shared memory, which the tensor memory accelerator
-fills: one thread asks for a tile, and none computes addresses. Keys are the rows of the products, so that the heads of
-a group are columns: a matrix instruction has 16 rows, but 8 columns. The new token is copied to its place in the last
-tile of its row, as if the cache held it already.
+fills: one thread asks for a whole tile, and none computes its addresses. Keys are the rows of the products, so that the
+heads of a group are columns: a matrix instruction has 16 rows, but 8 columns. The new token is copied to its place in
+the last tile of its row, as if the cache held it already.
 
 Written in Gluon, Triton's language a level below: Triton copies to shared memory either by hardware or with a mask, and
 here the last tile of a row needs one and all others the other.
